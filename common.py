@@ -1,0 +1,414 @@
+"""What two or more stages share: command line, files and stores, the ParaVision reader, image geometry.
+
+The networks live in networks.py, so that a stage that trains nothing starts without torch: ``--help`` answers in a
+fraction of a second and worker processes stay small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tyro
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.errors import BaseZarrError
+
+FORMAT = 1
+SPLITS = ("unused", "train", "validation", "test", "lego")
+
+ConfigT = TypeVar("ConfigT")
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+Array = np.ndarray[Any, Any]
+
+
+# ---------------------------------------------------------------- command line
+
+
+class InputError(Exception):
+    """Bad input from outside: one line with the file, the value found and what is expected."""
+
+
+def parse_config(presets: dict[str, ConfigT], args: Sequence[str] | None = None) -> ConfigT:
+    """Read the command line into a config.
+
+    Parameters
+    ----------
+    presets : dict
+        Named configs; ``--preset NAME`` picks the one whose values are the defaults, the first one if none is named.
+    args : sequence of str, optional
+        Arguments without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    config
+        An instance of the presets' dataclass.
+
+    Raises
+    ------
+    InputError
+        If the preset is unknown.
+    """
+    rest = list(sys.argv[1:] if args is None else args)
+    name = next(iter(presets))
+    for i, word in enumerate(rest):
+        if word == "--preset" or word.startswith("--preset="):
+            _, _, name = word.partition("=")
+            width = 1
+            if word == "--preset":
+                name, width = (rest[i + 1] if i + 1 < len(rest) else ""), 2
+            del rest[i : i + width]
+            break
+    if name not in presets:
+        raise InputError(f"--preset: found {name!r}, expected one of {', '.join(presets)}")
+    default = presets[name]
+    text = f"--preset {{{','.join(presets)}}} picks the defaults; those of {name!r} are shown."
+    doc = (sys.modules["__main__"].__doc__ or "") if args is None else ""
+    config = tyro.cli(type(default), default=default, args=rest, description=f"{doc}\n{text}")
+    return config
+
+
+def main(run: Callable[[ConfigT], dict[str, Any]], presets: dict[str, ConfigT]) -> None:
+    """Parse the command line, print the config, run the stage; bad input ends in one line and exit status 2."""
+    try:
+        config = parse_config(presets)
+        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+        print(" | ".join(f"{name} {value}" for name, value in fields.items()), flush=True)
+        run(config)
+    except InputError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        known = {errno.ENOSPC: "no space left on the disk", errno.EROFS: "read-only file system"}
+        known |= {errno.EACCES: "permission denied", errno.EDQUOT: "disk quota exceeded"}
+        if error.errno not in known:
+            raise
+        sys.exit(_complain(f"{error.filename or 'output'}: {known[error.errno]}, expected a writable place"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+class Progress:
+    """Progress of a loop: one line rewritten on a terminal, a plain line every `interval` seconds elsewhere."""
+
+    def __init__(self, total: int, label: str, interval: float = 10.0) -> None:
+        self.total, self.label, self.interval = total, label, interval
+        self.start = self.last = time.monotonic()
+        self.done = 0
+
+    def step(self, note: str = "") -> None:
+        """Count one more item; `note` carries the numbers that matter."""
+        self.done += 1
+        now = time.monotonic()
+        finished = self.done >= self.total
+        terminal = sys.stdout.isatty()
+        if not (terminal or finished or now - self.last >= self.interval):
+            return
+        self.last = now
+        left = (now - self.start) / self.done * (self.total - self.done)
+        line = f"{self.label} {self.done}/{self.total} | {note}{' | ' if note else ''}eta {left / 60:.1f} min"
+        print(f"\r\x1b[K{line}" if terminal else line, end="\n" if finished or not terminal else "", flush=True)
+
+
+# ---------------------------------------------------------------- files
+
+
+def available_cores() -> int:
+    """Cores this process may use (a Slurm allocation's share, not the node's)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_parallel(
+    function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], workers: int = 0
+) -> Iterator[tuple[TaskT, ResultT]]:
+    """Yield (task, function(task)) as they finish, in one process per core; at most 2 tasks a worker wait in memory.
+
+    Parameters
+    ----------
+    function : callable
+        Importable by name (a function at module level, or a functools.partial of one).
+    tasks : iterable
+        Small picklable values: keys and paths, not images.
+    workers : int
+        Number of processes; 0 takes every core, 1 stays in this process.
+    """
+    workers = workers or available_cores()
+    if workers == 1:
+        for task in tasks:
+            yield task, function(task)
+        return
+    waiting: dict[Any, TaskT] = {}
+    queue = iter(tasks)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            while True:
+                for task in itertools.islice(queue, 2 * workers - len(waiting)):
+                    waiting[pool.submit(function, task)] = task
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write a file or folder to; rename it into `path` if the block succeeds.
+
+    What an interrupted run left there is removed first, and what a failed block wrote is removed at once.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        if (
+            partial.is_dir() and path.exists()
+        ):  # a folder cannot be replaced in one step: keep the old one until the end
+            old = path.with_name(f".{path.name}.old")
+            _remove(old)
+            path.rename(old)
+            partial.rename(path)
+            _remove(old)
+        else:
+            os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, or of every file below a folder in sorted order."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short digest of settings and of other fingerprints; a dataclass counts by its fields, a path by its text."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside its place, then rename."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write a CSV table with a header, beside its place, then rename."""
+    with atomic_path(path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Read a CSV table.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is no text, or its columns are not exactly `columns`.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            found = list(reader.fieldnames or [])
+            if set(found) != set(columns):
+                odd = sorted(set(found) ^ set(columns))
+                raise InputError(f"{path}: unknown or missing column {', '.join(odd)}, expected {', '.join(columns)}")
+            rows = list(reader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected a table with columns {', '.join(columns)}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: {error}, expected a CSV table in UTF-8") from None
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: line {number} has not {len(columns)} fields, expected one per column")
+    return rows
+
+
+# ---------------------------------------------------------------- stores
+
+
+def write_scan(store: Path, key: str, arrays: dict[str, Array], attributes: dict[str, Any]) -> None:
+    """Write one scan's group into a store: one chunk per slice, one shard per array, then rename into place.
+
+    Parameters
+    ----------
+    store : Path
+        Folder of the store; its parent folder takes the unfinished group.
+    key : str
+        ``subject/region/plane``.
+    arrays : dict
+        Name to array; the first axis is the slice for arrays of 3 axes, other arrays are one chunk.
+    attributes : dict
+        Plain data.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    partial = store.with_name(f".{store.name}.{key.replace('/', '+')}.partial")
+    _remove(partial)
+    try:
+        group = zarr.open_group(partial, mode="w", zarr_format=3, attributes=_plain(attributes))
+        for name, array in arrays.items():
+            chunk = (1, *array.shape[1:]) if array.ndim == 3 else array.shape
+            group.create_array(
+                name,
+                data=np.ascontiguousarray(array),
+                chunks=chunk,
+                shards=array.shape if array.ndim == 3 else None,
+                compressors=ZstdCodec(level=3, checksum=True),
+                config={"write_empty_chunks": True},  # all zeros are data too: a missing file is always a fault
+            )
+        for parent in list((store / key).relative_to(store).parents)[-2::-1]:
+            if not (store / parent / "zarr.json").exists():
+                zarr.open_group(store / parent, mode="a", zarr_format=3)
+        _remove(store / key)
+        partial.rename(store / key)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        raise
+
+
+def finish_store(store: Path, scans: Sequence[str], attributes: dict[str, Any]) -> None:
+    """Declare a store complete: remove groups that are not in `scans`, then write the root attributes."""
+    for path in store.glob("*/*/*/zarr.json"):
+        if str(path.parent.relative_to(store)) not in scans:
+            _remove(path.parent)
+    for path in store.parent.glob(f".{store.name}.*.partial"):
+        _remove(path)
+    attributes = {"format": FORMAT, "complete": True, "scans": sorted(scans)} | attributes
+    meta = {"zarr_format": 3, "node_type": "group", "attributes": _plain(attributes)}
+    write_json(store / "zarr.json", meta)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays, paths and tuples as JSON data."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
+
+
+def scan_attributes(store: Path, key: str) -> dict[str, Any] | None:
+    """Attributes of one finished scan of a store that may be incomplete; None if the scan is not there."""
+    try:
+        return dict(json.loads((store / key / "zarr.json").read_text())["attributes"])
+    except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
+        return None
+
+
+class Store:
+    """A complete store, opened for reading; every fault of a file ends in an InputError that names it."""
+
+    def __init__(self, path: Path, made_by: str) -> None:
+        self.path = path
+        try:
+            self.attributes: dict[str, Any] = json.loads((path / "zarr.json").read_text())["attributes"]
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: no such store, expected the output of {made_by}") from None
+        except (KeyError, ValueError):
+            raise InputError(f"{path}: zarr.json is damaged, run {made_by} again") from None
+        if not self.attributes.get("complete"):
+            raise InputError(f"{path}: the store is incomplete, run {made_by} again")
+        if self.attributes.get("format") != FORMAT:
+            raise InputError(f"{path}: format {self.attributes.get('format')!r} found, expected {FORMAT}")
+        self.scans: list[str] = self.attributes["scans"]
+        self.made_by = made_by
+
+    def attrs(self, key: str) -> dict[str, Any]:
+        """Attributes of a scan."""
+        attributes = scan_attributes(self.path, key)
+        if attributes is None:
+            raise InputError(f"{self.path / key}: scan is missing or damaged, run {self.made_by} again")
+        return attributes
+
+    def read(self, key: str, name: str, ndim: int | None = None, dtype: str | None = None) -> Array:
+        """Read a whole array of a scan and check its number of axes and its dtype.
+
+        Raises
+        ------
+        InputError
+            If the array is missing, cut off, damaged (checksum) or of another kind.
+        """
+        path = self.path / key / name
+        try:
+            array = zarr.open_array(path, mode="r")
+            # Zarr reads a missing or empty shard as zeros, so it is looked for by name.
+            if array.size and not any(p.is_file() and p.stat().st_size for p in (path / "c").rglob("*")):
+                raise InputError(f"{path}: data are missing, run {self.made_by} again")
+            value = np.asarray(array[...])
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, BaseZarrError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: cannot be read ({reason}), run {self.made_by} again") from None
+        if (ndim is not None and value.ndim != ndim) or (dtype is not None and value.dtype != dtype):
+            raise InputError(f"{path}: {value.ndim} axes of {value.dtype} found, expected {ndim} of {dtype}")
+        return value
+
+
+def open_truth(root: Path) -> Store:
+    """The simulated scanner's truth, ``data/truth.zarr``."""
+    return Store(root / "data" / "truth.zarr", "00_simulate.py")
+
+
+def open_curated(root: Path) -> Store:
+    """Paired scans, ``data/curated.zarr``."""
+    return Store(root / "data" / "curated.zarr", "01_curate.py")
+
+
+def open_pairs(root: Path) -> Store:
+    """Training pairs, ``data/pairs.zarr``."""
+    return Store(root / "data" / "pairs.zarr", "02_preprocess.py")
+
+
+# ---------------------------------------------------------------- ParaVision
+
+
+# ---------------------------------------------------------------- geometry and intensity
