@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tyro
 import zarr
+from scipy import fft, ndimage
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
@@ -341,7 +342,7 @@ def scan_attributes(store: Path, key: str) -> dict[str, Any] | None:
     """Attributes of one finished scan of a store that may be incomplete; None if the scan is not there."""
     try:
         return dict(json.loads((store / key / "zarr.json").read_text())["attributes"])
-    except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, KeyError, ValueError, TypeError):
         return None
 
 
@@ -351,10 +352,10 @@ class Store:
     def __init__(self, path: Path, made_by: str) -> None:
         self.path = path
         try:
-            self.attributes: dict[str, Any] = json.loads((path / "zarr.json").read_text())["attributes"]
+            self.attributes: dict[str, Any] = dict(json.loads((path / "zarr.json").read_text())["attributes"])
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path}: no such store, expected the output of {made_by}") from None
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             raise InputError(f"{path}: zarr.json is damaged, run {made_by} again") from None
         if not self.attributes.get("complete"):
             raise InputError(f"{path}: the store is incomplete, run {made_by} again")
@@ -412,3 +413,104 @@ def open_pairs(root: Path) -> Store:
 
 
 # ---------------------------------------------------------------- geometry and intensity
+
+
+def upsample(
+    low: Array, ratio: int | tuple[int, int], method: str, offset: tuple[float, float] | None = (0.0, 0.0)
+) -> Array:
+    """Bring low images to the high grid: output pixel i takes the low image at coordinate i / ratio + offset.
+
+    Parameters
+    ----------
+    low : array (slice, y, x)
+        Real images.
+    ratio : int or (int, int)
+        High matrix / low matrix along y and x.
+    method : str
+        ``nearest`` repeats pixels, after a Fourier shift by what the repetition itself does not give; ``linear`` and
+        ``cubic`` (spline); ``fourier`` zero-fills k-space. The field of view is periodic in all.
+    offset : (float, float) or None
+        y and x of high pixel (0, 0), in pixels of the low image: 0 if their centres agree. None is that of a plain
+        zoom, 0.5 / ratio - 0.5, half a high pixel off for ratio 2 (report 3.3).
+
+    Returns
+    -------
+    array (slice, y * ratio, x * ratio), float32
+    """
+    image = np.asarray(low, np.float32)
+    ratios = (ratio, ratio) if isinstance(ratio, int) else ratio
+    zoom = [0.5 / r - 0.5 for r in ratios]
+    start = zoom if offset is None else list(offset)
+    if method == "fourier":
+        for axis in (0, 1):
+            image = _fourier_axis(image, ratios[axis], start[axis], axis + 1)
+    elif method == "nearest":
+        for axis in (0, 1):
+            image = np.repeat(_fourier_axis(image, 1, start[axis] - zoom[axis], axis + 1), ratios[axis], axis + 1)
+    elif method in ("linear", "cubic"):
+        shape, order = (image.shape[1] * ratios[0], image.shape[2] * ratios[1]), 1 if method == "linear" else 3
+        step = [1 / r for r in ratios]
+        mode = "grid-wrap"
+        image = np.stack([ndimage.affine_transform(s, step, start, shape, order=order, mode=mode) for s in image])
+    else:
+        raise ValueError(f"unknown method {method!r}")
+    return image
+
+
+def _fourier_axis(image: Array, ratio: int, offset: float, axis: int) -> Array:
+    """Interpolate along one axis by zero-filling; a real Nyquist component stays a cosine."""
+    if ratio == 1 and offset == 0:
+        return image
+    n = image.shape[axis]
+    spectrum = fft.rfft(image, axis=axis)
+    phase = np.exp(2j * np.pi * offset / n * np.arange(n // 2 + 1)) * ratio
+    if n % 2 == 0 and ratio > 1:
+        phase[-1] /= 2  # shared with -n/2, which has a place of its own in the longer spectrum
+    phase = phase.astype(np.complex64).reshape([-1 if a == axis else 1 for a in range(image.ndim)])
+    return np.asarray(fft.irfft(spectrum * phase, n * ratio, axis=axis), np.float32)
+
+
+def body_mask(low: Array) -> Array:
+    """Animal or phantom in a stack of low images (slice, y, x), upsampled or not: bool of the same shape.
+
+    Otsu's threshold on the logarithm of the smoothed volume, because a surface coil spreads tissue over a decade while
+    air keeps one level; then the large pieces of the volume, holes of each slice filled.
+    """
+    from skimage.filters import threshold_otsu
+
+    width = 0.01 * (low.shape[1] + low.shape[2]) / 2
+    smooth = ndimage.gaussian_filter(np.asarray(low, np.float32), (0.5, width, width))
+    level = np.log(np.maximum(smooth, 0.02 * np.quantile(smooth, 0.99) + 1e-30))
+    mask = level > threshold_otsu(level)
+    disk = np.hypot(*np.mgrid[-9:10, -9:10])[None] <= max(width, 1)
+    mask = ndimage.binary_opening(mask, disk)
+    pieces, _ = ndimage.label(mask)
+    size = np.bincount(pieces.ravel())
+    size[0] = 0
+    mask = (size >= max(0.1 * size.max(), 1))[pieces]
+    return np.stack([ndimage.binary_fill_holes(s) for s in mask])
+
+
+def crop_box(mask: Array, margin: int, step: int = 8) -> tuple[int, int, int, int]:
+    """Box (y0, y1, x0, x1) around a mask (slice, y, x): sides a multiple of `step`, or the full field if that is less."""
+    box = []
+    for n, axes in zip(mask.shape[1:], ((0, 2), (0, 1)), strict=True):
+        hits = np.flatnonzero(mask.any(axis=axes))
+        first, last = (max(hits[0] - margin, 0), min(hits[-1] + 1 + margin, n)) if hits.size else (0, n)
+        length = min(-(-(last - first) // step) * step, n)
+        start = min(max((first + last - length) // 2, 0), n - length)
+        box += [int(start), int(start + length)]
+    return box[0], box[1], box[2], box[3]
+
+
+def normalisation(low: Array, mode: str) -> tuple[Array, Array]:
+    """Scale and offset per slice of a low stack (slice, y, x): normalised = (image - offset) / scale.
+
+    `mode` is ``mean`` (report 3.4), ``zscore``, or ``eq15`` (Eq. 15 of the report).
+    """
+    stack = np.asarray(low, np.float64)
+    mean = stack.mean(axis=(1, 2))
+    if mode == "mean":
+        return mean.astype(np.float32), np.zeros(len(stack), np.float32)
+    scale = {"zscore": stack.std(axis=(1, 2)), "eq15": np.sqrt(np.square(stack).mean(axis=(1, 2)))}[mode]
+    return scale.astype(np.float32), mean.astype(np.float32)

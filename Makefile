@@ -1,0 +1,64 @@
+# Targets follow the files: a stage whose inputs did not change is not run again.
+# PRESET and ROOT pick the experiment: make report PRESET=paper ROOT=/scratch/experiment
+PRESET ?= demo
+ROOT ?= .
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+D := $(ROOT)/data
+
+.PHONY: setup setup-dev demo report test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: report
+
+setup: $(VENV)/.run
+setup-dev: $(VENV)/.dev
+
+$(VENV)/.run: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/.run
+
+# The libraries a stage needs are no reason to run it again: the environment is an order-only prerequisite.
+$(D)/truth.zarr/zarr.json: 00_simulate.py anatomy.py common.py | $(VENV)/.run
+	$(PY) 00_simulate.py --preset $(PRESET) --root $(ROOT)
+
+$(D)/curated.zarr/zarr.json: 01_curate.py common.py $(D)/truth.zarr/zarr.json $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
+	$(PY) 01_curate.py --preset $(PRESET) --root $(ROOT)
+
+$(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.json | $(VENV)/.run
+	$(PY) 02_preprocess.py --preset $(PRESET) --root $(ROOT)
+
+$(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
+	$(PY) 03_train_unet.py --preset $(PRESET) --root $(ROOT)
+
+$(ROOT)/results/summary.json: 06_evaluate.py networks.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
+	$(PY) 06_evaluate.py --preset $(PRESET) --root $(ROOT)
+
+$(ROOT)/reports/results.html: notebooks/results.ipynb $(ROOT)/results/summary.json | $(VENV)/.run
+	mkdir -p $(ROOT)/reports
+	$(VENV)/bin/papermill --no-progress-bar -p root $(abspath $(ROOT)) $< $(@:.html=.ipynb)
+	$(VENV)/bin/jupyter nbconvert --log-level WARN --to html $(@:.html=.ipynb)
+
+report: $(ROOT)/reports/results.html
+	@echo "report: $<"
+
+lint: setup-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: setup-dev
+	$(PY) -m pytest
+
+bench: setup
+	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
