@@ -26,7 +26,7 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 	touch $@ $(VENV)/.run
 
 # The libraries a stage needs are no reason to run it again: the environment is an order-only prerequisite.
-$(D)/truth.zarr/zarr.json: 00_simulate.py anatomy.py common.py | $(VENV)/.run
+$(D)/truth.zarr/zarr.json: 00_simulate.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
 	$(PY) 00_simulate.py --preset $(PRESET) --root $(ROOT)
 
 $(D)/curated.zarr/zarr.json: 01_curate.py common.py $(D)/truth.zarr/zarr.json $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run

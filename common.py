@@ -1,4 +1,4 @@
-"""What two or more stages share: command line, files and stores, the ParaVision reader, image geometry.
+"""What two or more stages share: command line, files and stores, image geometry.
 
 The networks live in networks.py, so that a stage that trains nothing starts without torch: ``--help`` answers in a
 fraction of a second and worker processes stay small.
@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ import tyro
 import zarr
 from scipy import fft, ndimage
 from zarr.codecs import ZstdCodec
-from zarr.errors import BaseZarrError
+from zarr.errors import BaseZarrError, ContainsGroupError
 
 FORMAT = 1
 SPLITS = ("unused", "train", "validation", "test", "lego")
@@ -208,6 +209,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def safe_name(text: str) -> str:
+    """A text as the name of a folder: letters, digits, dots, hyphens and underscores, at most 60."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "unnamed"
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, or of every file below a folder in sorted order."""
     digest = hashlib.sha256()
@@ -306,7 +312,8 @@ def write_scan(store: Path, key: str, arrays: dict[str, Array], attributes: dict
             )
         for parent in list((store / key).relative_to(store).parents)[-2::-1]:
             if not (store / parent / "zarr.json").exists():
-                zarr.open_group(store / parent, mode="a", zarr_format=3)
+                with contextlib.suppress(ContainsGroupError):  # another process was first
+                    zarr.open_group(store / parent, mode="a", zarr_format=3)
         _remove(store / key)
         partial.rename(store / key)
     except BaseException:
@@ -409,93 +416,85 @@ def open_pairs(root: Path) -> Store:
     return Store(root / "data" / "pairs.zarr", "02_preprocess.py")
 
 
-# ---------------------------------------------------------------- ParaVision
-
-
 # ---------------------------------------------------------------- geometry and intensity
 
 
-def upsample(
-    low: Array, ratio: int | tuple[int, int], method: str, offset: tuple[float, float] | None = (0.0, 0.0)
-) -> Array:
+def upsample(low: Array, ratio: int | Sequence[int], method: str, offset: Sequence[float] | None = (0, 0)) -> Array:
     """Bring low images to the high grid: output pixel i takes the low image at coordinate i / ratio + offset.
 
     Parameters
     ----------
     low : array (slice, y, x)
-        Real images.
+        Real images; the field of view is taken as periodic.
     ratio : int or (int, int)
-        High matrix / low matrix along y and x.
+        High matrix / low matrix, along y and x.
     method : str
-        ``nearest`` repeats pixels, after a Fourier shift by what the repetition itself does not give; ``linear`` and
-        ``cubic`` (spline); ``fourier`` zero-fills k-space. The field of view is periodic in all.
+        ``nearest`` repeats pixels, after a Fourier shift by what the repetition does not give by itself; ``linear``
+        and ``cubic`` (spline); ``fourier`` zero-fills k-space.
     offset : (float, float) or None
-        y and x of high pixel (0, 0), in pixels of the low image: 0 if their centres agree. None is that of a plain
-        zoom, 0.5 / ratio - 0.5, half a high pixel off for ratio 2 (report 3.3).
+        y and x of high pixel (0, 0) in pixels of the low image; 0 if both centres agree. None is that of a plain zoom
+        (report 3.3), 0.5 / ratio - 0.5: half a high pixel off for ratio 2.
 
     Returns
     -------
     array (slice, y * ratio, x * ratio), float32
     """
     image = np.asarray(low, np.float32)
-    ratios = (ratio, ratio) if isinstance(ratio, int) else ratio
+    ratios = [ratio, ratio] if isinstance(ratio, int) else list(ratio)
     zoom = [0.5 / r - 0.5 for r in ratios]
     start = zoom if offset is None else list(offset)
-    if method == "fourier":
-        for axis in (0, 1):
-            image = _fourier_axis(image, ratios[axis], start[axis], axis + 1)
-    elif method == "nearest":
-        for axis in (0, 1):
-            image = np.repeat(_fourier_axis(image, 1, start[axis] - zoom[axis], axis + 1), ratios[axis], axis + 1)
-    elif method in ("linear", "cubic"):
-        shape, order = (image.shape[1] * ratios[0], image.shape[2] * ratios[1]), 1 if method == "linear" else 3
-        step = [1 / r for r in ratios]
-        mode = "grid-wrap"
-        image = np.stack([ndimage.affine_transform(s, step, start, shape, order=order, mode=mode) for s in image])
-    else:
+    if method in ("linear", "cubic"):
+        shape = tuple(n * r for n, r in zip(image.shape[1:], ratios, strict=True))
+        how = {"output_shape": shape, "order": 1 if method == "linear" else 3, "mode": "grid-wrap"}
+        return np.stack([ndimage.affine_transform(s, [1 / r for r in ratios], start, **how) for s in image])
+    if method not in ("nearest", "fourier"):
         raise ValueError(f"unknown method {method!r}")
+    for axis, (r, first, plain) in enumerate(zip(ratios, start, zoom, strict=True), start=1):
+        image = _fourier(image, r, first, axis) if method == "fourier" else _fourier(image, 1, first - plain, axis)
+        image = np.repeat(image, r, axis) if method == "nearest" else image
     return image
 
 
-def _fourier_axis(image: Array, ratio: int, offset: float, axis: int) -> Array:
-    """Interpolate along one axis by zero-filling; a real Nyquist component stays a cosine."""
+def _fourier(image: Array, ratio: int, offset: float, axis: int) -> Array:
+    """Interpolate real images along one axis by zero-filling."""
     if ratio == 1 and offset == 0:
         return image
     n = image.shape[axis]
-    spectrum = fft.rfft(image, axis=axis)
     phase = np.exp(2j * np.pi * offset / n * np.arange(n // 2 + 1)) * ratio
     if n % 2 == 0 and ratio > 1:
-        phase[-1] /= 2  # shared with -n/2, which has a place of its own in the longer spectrum
-    phase = phase.astype(np.complex64).reshape([-1 if a == axis else 1 for a in range(image.ndim)])
-    return np.asarray(fft.irfft(spectrum * phase, n * ratio, axis=axis), np.float32)
+        phase[-1] /= 2  # the Nyquist component stays a cosine: half of it at n/2, half at -n/2
+    phase = phase.astype(np.complex64)
+    spectrum = fft.rfft(image, axis=axis) * (phase if axis == 2 else phase[:, None])
+    return np.asarray(fft.irfft(spectrum, n * ratio, axis=axis), np.float32)
 
 
 def body_mask(low: Array) -> Array:
-    """Animal or phantom in a stack of low images (slice, y, x), upsampled or not: bool of the same shape.
+    """Animal or phantom in low images (slice, y, x), upsampled or not: bool of the same shape.
 
-    Otsu's threshold on the logarithm of the smoothed volume, because a surface coil spreads tissue over a decade while
-    air keeps one level; then the large pieces of the volume, holes of each slice filled.
+    Otsu's threshold between air and two classes of tissue, on the logarithm of the smoothed volume: a surface coil
+    spreads tissue over a decade while air keeps one level. Then its large pieces, the holes of each slice filled.
     """
-    from skimage.filters import threshold_otsu
+    from skimage.filters import threshold_multiotsu, threshold_otsu
 
-    width = 0.01 * (low.shape[1] + low.shape[2]) / 2
-    smooth = ndimage.gaussian_filter(np.asarray(low, np.float32), (0.5, width, width))
+    width = 0.005 * (low.shape[1] + low.shape[2])
+    smooth = ndimage.gaussian_filter(np.asarray(low, np.float32), (0, width, width))
     level = np.log(np.maximum(smooth, 0.02 * np.quantile(smooth, 0.99) + 1e-30))
-    mask = level > threshold_otsu(level)
-    disk = np.hypot(*np.mgrid[-9:10, -9:10])[None] <= max(width, 1)
-    mask = ndimage.binary_opening(mask, disk)
-    pieces, _ = ndimage.label(mask)
-    size = np.bincount(pieces.ravel())
-    size[0] = 0
-    mask = (size >= max(0.1 * size.max(), 1))[pieces]
-    return np.stack([ndimage.binary_fill_holes(s) for s in mask])
+    if level.max() - level.min() < 1e-3:
+        return np.zeros(level.shape, bool)
+    three, two = threshold_multiotsu(level)[0], threshold_otsu(level)  # type: ignore[no-untyped-call]
+    lowest, lower = np.quantile(level[level <= two], (0.05, 0.25))  # of air, at -1.64 and -0.67 standard deviations
+    mask = level > min(two, max(three, lower + 4.8 * (lower - lowest)))  # three classes must not part the noise of air
+    pieces, _ = ndimage.label(ndimage.binary_opening(mask, np.ones((1, 3, 3)), iterations=max(round(width), 1)))
+    size = np.bincount(pieces[pieces > 0], minlength=1)
+    large = (size >= max(0.1 * size.max(), 1))[pieces]
+    return np.stack([ndimage.binary_fill_holes(s) for s in large])
 
 
 def crop_box(mask: Array, margin: int, step: int = 8) -> tuple[int, int, int, int]:
-    """Box (y0, y1, x0, x1) around a mask (slice, y, x): sides a multiple of `step`, or the full field if that is less."""
-    box = []
-    for n, axes in zip(mask.shape[1:], ((0, 2), (0, 1)), strict=True):
-        hits = np.flatnonzero(mask.any(axis=axes))
+    """Box (y0, y1, x0, x1) around a mask (slice, y, x); sides are multiples of `step`, or the full field if less."""
+    box: list[int] = []
+    for axis, n in enumerate(mask.shape[1:], start=1):
+        hits = np.flatnonzero(mask.any(axis=(0, 3 - axis)))
         first, last = (max(hits[0] - margin, 0), min(hits[-1] + 1 + margin, n)) if hits.size else (0, n)
         length = min(-(-(last - first) // step) * step, n)
         start = min(max((first + last - length) // 2, 0), n - length)
@@ -504,13 +503,11 @@ def crop_box(mask: Array, margin: int, step: int = 8) -> tuple[int, int, int, in
 
 
 def normalisation(low: Array, mode: str) -> tuple[Array, Array]:
-    """Scale and offset per slice of a low stack (slice, y, x): normalised = (image - offset) / scale.
+    """Scale and offset (slice,) of low images (slice, y, x): normalised = (image - offset) / scale.
 
     `mode` is ``mean`` (report 3.4), ``zscore``, or ``eq15`` (Eq. 15 of the report).
     """
     stack = np.asarray(low, np.float64)
-    mean = stack.mean(axis=(1, 2))
-    if mode == "mean":
-        return mean.astype(np.float32), np.zeros(len(stack), np.float32)
-    scale = {"zscore": stack.std(axis=(1, 2)), "eq15": np.sqrt(np.square(stack).mean(axis=(1, 2)))}[mode]
-    return scale.astype(np.float32), mean.astype(np.float32)
+    mean, std, power = stack.mean((1, 2)), stack.std((1, 2)), np.sqrt(np.square(stack).mean((1, 2)))
+    scale = {"mean": mean, "zscore": std, "eq15": power}[mode]
+    return scale.astype(np.float32), (mean * (mode != "mean")).astype(np.float32)

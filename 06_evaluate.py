@@ -1,0 +1,400 @@
+"""Restored images and figures of merit of every model.
+
+Reads data/curated.zarr, data/pairs.zarr and runs/<model>/best.pt; data/truth.zarr and data/rois.csv if any.
+Writes results/<model>.zarr, results/metrics.csv, results/summary.json and results/rois.csv. Section 5 of the report.
+
+Usage:
+    python 06_evaluate.py --preset demo --models unet --splits test lego
+    python 06_evaluate.py --root experiment --workers 8
+"""
+
+import functools
+from collections import defaultdict, namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lazy_loader as lazy
+import numpy as np
+from scipy import ndimage
+
+from common import (
+    SPLITS,
+    Array,
+    InputError,
+    Progress,
+    Store,
+    body_mask,
+    fingerprint,
+    finish_store,
+    main,
+    normalisation,
+    open_curated,
+    open_pairs,
+    open_truth,
+    read_table,
+    run_parallel,
+    scan_attributes,
+    sha256,
+    upsample,
+    write_json,
+    write_scan,
+    write_table,
+)
+
+networks = lazy.load("networks")
+skimage = lazy.load("skimage")
+
+BASELINES = ("low", "bicubic", "fourier", "nlm", "high")  # `low` first: the others are set against it
+COLUMNS = ("model", "split", "subject", "region", "plane", "slice", "metric", "reference", "mask", "range", "value")
+PRINTED = ("mse", "mse_ratio", "ssim", "psnr", "psnr_truth", "ssim_truth", "mean_ratio")  # all of them in the body
+WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+Figure = namedtuple("Figure", "slice model metric reference mask value")  # a row of metrics.csv but for its scan
+Box = namedtuple("Box", "key slice name kind y0 y1 x0 x1")  # half-open, pixels of the high grid
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is judged, and how."""
+
+    root: Path = Path(".")
+    """Folder of data, runs and results."""
+    models: tuple[str, ...] = ("unet",)
+    """Trained networks: names of folders below runs."""
+    splits: tuple[Literal["train", "validation", "test", "lego"], ...] = ("test", "lego", "validation")
+    """Splits whose slices are judged; their scans are restored whole."""
+    strengths: tuple[float, ...] = (0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0)
+    """Non-local means: strengths to choose from on validation slices, in units of the low scan's noise."""
+    tuning_slices: int = 12
+    """Validation slices that choose the strength, spread over all scans."""
+    box: int = 10
+    """Side of the boxes placed in the middle slice of a scan without drawn ones, pixels of the high grid."""
+    draws: int = 2000
+    """Bootstrap samples of animals."""
+    workers: int = 0
+    """Processes; 0 takes every core."""
+    seed: int = 1
+    """Of the bootstrap."""
+
+
+PRESETS = {"paper": Config(), "demo": Config(), "smoke": Config(strengths=(0.7, 1.1), tuning_slices=2, draws=200)}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan on its full field, in units of the low scan; all but `low` on the high grid."""
+
+    low: Array
+    references: dict[str, Array]  # high image and, where it is known, truth
+    body: Array
+    noise: tuple[float, float]  # standard deviation in the low and in the high image
+    data_range: float  # maximum of the high image over the kept slices
+    unit: Array  # mean of each low slice over the crop, which the report divides by
+    judged: dict[int, str]  # slices that are judged, and their split
+    attributes: dict[str, Any]  # of the curated scan and of the pair
+
+
+# ---------------------------------------------------------------- figures of merit
+
+
+def compare(image: Array, reference: Array, masks: dict[str, Array], data_range: float, unit: float) -> list[Any]:
+    """MSE (Eq. 12) in normalised units and relative to the range, PSNR and SSIM (Eq. 8) of a slice in every mask."""
+    image, reference = np.asarray(image, np.float64), np.asarray(reference, np.float64)
+    similarity = functools.partial(skimage.metrics.structural_similarity, data_range=data_range, full=True, **WANG)
+    whole, local = similarity(reference, image)
+    found = []
+    for name, mask in masks.items():
+        mse = np.square(image - reference)[mask].mean()
+        found += [("mse", name, mse / unit**2), ("mse_range", name, mse / data_range**2)]
+        found += [("psnr", name, -10 * np.log10(mse / data_range**2))]
+        found += [("ssim", name, whole if name == "field" else local[mask].mean())]
+    return found
+
+
+def noise_level(images: Array, air: Array) -> float:
+    """Standard deviation of the noise of magnitude images from the median of their air (Rayleigh distribution)."""
+    if air.any():
+        return float(np.median(images[air]) / np.sqrt(2 * np.log(2)))
+    rough = np.diff(np.diff(images, 2, axis=1), 2, axis=2)  # the animal fills the field: what is no smooth anatomy
+    return float(np.median(np.abs(rough)) / 0.6745 / 6)
+
+
+def contrast_figures(roi: Array, background: Array) -> dict[str, float]:
+    """Contrast-to-noise ratio (Eq. 13), its size, and the normalised standard deviation (Eq. 14) of two boxes."""
+    cnr = (roi.mean() - background.mean()) / background.std()
+    return {"cnr": cnr, "cnr_abs": abs(cnr), "nstd": background.std() / background.mean()}
+
+
+def place_boxes(key: str, index: int, high: Array, body: Array, side: int) -> list[Box]:
+    """Background where the body is most homogeneous, ROI where it is homogeneous and most different; or neither."""
+    view = np.lib.stride_tricks.sliding_window_view
+    windows = view(np.asarray(high, np.float64), (side, side))[::2, ::2]
+    mean, deviation = windows.mean(axis=(2, 3)), windows.std(axis=(2, 3))
+    inside = view(body, (side, side))[::2, ::2].all(axis=(2, 3))
+    y, x = np.unravel_index(np.where(inside, deviation / (mean + 1e-30), np.inf).argmin(), mean.shape)
+    rows, columns = np.ogrid[: mean.shape[0], : mean.shape[1]]
+    calm = inside & (deviation <= np.quantile(deviation[inside], 0.1) if inside.any() else False)
+    calm &= (2 * np.abs(rows - y) >= side) | (2 * np.abs(columns - x) >= side)
+    v, u = np.unravel_index(np.where(calm, np.abs(mean - mean[y, x]), -1).argmax(), mean.shape)
+    corners = {"roi": (2 * int(v), 2 * int(u)), "background": (2 * int(y), 2 * int(x))} if calm.any() else {}
+    return [Box(key, index, "auto", kind, t, t + side, s, s + side) for kind, (t, s) in corners.items()]
+
+
+def interval(values: Sequence[float], draws: int, seed: int) -> tuple[float, list[float]]:
+    """Mean of one value per animal and its 95 % interval: bootstrap over the animals."""
+    animals = np.asarray(values, np.float64)
+    generator = np.random.default_rng(np.random.SeedSequence([seed, 6]))
+    means = animals[generator.integers(len(animals), size=(draws, len(animals)))].mean(axis=1)
+    return float(animals.mean()), np.quantile(means, (0.025, 0.975)).tolist()
+
+
+def summarise(rows: Iterable[dict[str, Any]], draws: int, seed: int) -> dict[str, Any]:
+    """Mean over the slices of an animal, then over animals; values that are not finite count nowhere."""
+    groups: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if np.isfinite(row["value"]):
+            key = row["metric"] + "_truth" * (row["reference"] == "truth")
+            key += f"_{row['mask']}" * (row["mask"] in ("body", "air"))
+            groups[row["model"], row["split"], key][row["subject"]].append(row["value"])
+    summary: dict[str, Any] = {}
+    for (model, split, key), animals in groups.items():
+        mean, ci = interval([float(np.mean(animals[name])) for name in sorted(animals)], draws, seed)
+        summary.setdefault(model, {}).setdefault(split, {})[key] = {"mean": mean, "ci95": ci, "animals": len(animals)}
+    return summary
+
+
+def on_high_grid(low: Array, attributes: dict[str, Any], method: str, aligned: bool = True) -> Array:
+    """Low images upsampled, with pixel centres as stage 02 has them or, not aligned, as a plain zoom puts them."""
+    ratio = tuple(attributes["ratio"])
+    relation = np.linalg.inv(attributes["affine_low"]) @ np.asarray(attributes["affine_high"])
+    y, x = relation[[1, 0], 3] - np.divide(attributes["shift"], ratio)
+    return upsample(low, ratio, method, (float(y), float(x)) if aligned else None)
+
+
+def load_scan(cfg: Config, key: str) -> Scan:
+    """Read a scan, bring high image and truth to the units of the low one, find body, noise and judged slices."""
+    curated, pairs = open_curated(cfg.root), open_pairs(cfg.root)
+    attributes = curated.attrs(key) | pairs.attrs(key)
+    gain = np.float32(attributes["gain"])
+    low, high = (np.nan_to_num(curated.read(key, name, 3, "float32")) for name in ("low", "high"))
+    if list(high.shape) != list(attributes["full_shape"]):
+        found = f"{pairs.path / key}: full_shape {attributes['full_shape']} found"
+        raise InputError(f"{found}, expected {list(high.shape)}, as in {curated.path}: run {pairs.made_by} again")
+    references = {"high": high / gain}
+    if (cfg.root / "data" / "truth.zarr").exists() and key in (store := open_truth(cfg.root)).scans:
+        references["truth"] = store.read(key, "truth", 3, "float32") / gain
+    codes, kept = pairs.read(key, "split", 1, "uint8"), pairs.read(key, "slice_index", 1, "int32")
+    judged = {int(index): SPLITS[code] for index, code in zip(kept, codes, strict=True) if SPLITS[code] in cfg.splits}
+    fine, body = on_high_grid(low, attributes, "fourier"), np.zeros(high.shape, bool)
+    body[kept] = body_mask(fine[kept])  # a dropped slice may hold spikes, or no animal
+    (ry, rx), reach = attributes["ratio"], max(2, high.shape[1] // 50)  # ringing around the body is no noise
+    air = ~ndimage.binary_dilation(body[kept], np.ones((1, 3, 3), bool), iterations=reach)
+    noise = noise_level(low[kept], air[:, ::ry, ::rx]), noise_level(references["high"][kept], air)
+    y0, y1, x0, x1 = attributes["box"]
+    unit, _ = normalisation(fine[:, y0:y1, x0:x1], "mean")
+    return Scan(low, references, body, noise, float(references["high"][kept].max()), unit, judged, attributes)
+
+
+def slices_of(cfg: Config, splits: Sequence[str]) -> list[tuple[str, int]]:
+    """Scan and number of every slice of these splits."""
+    pairs, found = open_pairs(cfg.root), []
+    for key in sorted(pairs.scans):
+        chosen = np.isin(pairs.read(key, "split", 1, "uint8"), [SPLITS.index(name) for name in splits])
+        found += [(key, int(index)) for index in pairs.read(key, "slice_index", 1, "int32")[chosen]]
+    if not found:
+        raise InputError(f"{pairs.path}: no slice of {', '.join(splits)} found, expected one or more")
+    return found
+
+
+def read_boxes(cfg: Config) -> list[Box]:
+    """Boxes that a person drew into data/rois.csv."""
+    path, curated = cfg.root / "data" / "rois.csv", open_curated(cfg.root)
+    boxes: list[Box] = []
+    for line, row in enumerate(read_table(path, Box._fields) if path.exists() else [], start=2):
+        box = Box(**row | {k: int(row[k]) if row[k].isdecimal() else -1 for k in ("slice", "y0", "y1", "x0", "x1")})
+        n, height, width = curated.read(box.key, "high", 3).shape if box.key in curated.scans else (0, 0, 0)
+        fits = 0 <= box.slice < n and 0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width
+        if not fits or box.kind not in ("roi", "background"):
+            wanted = f"roi or background in {n} slices of {height} x {width}" if n else f"a scan of {curated.path}"
+            raise InputError(f"{path}: line {line}: {', '.join(row.values())} found, expected {wanted}")
+        boxes.append(box)
+    for key, index in {(box.key, box.slice) for box in boxes}:
+        kinds = [box.kind for box in boxes if (box.key, box.slice) == (key, index)]
+        if kinds.count("background") != 1 or len(kinds) < 2:
+            raise InputError(f"{path}: {key}, slice {index}: {kinds} found, expected one background and its roi")
+    return boxes
+
+
+def load_networks(cfg: Config) -> dict[str, Any]:
+    """Trained networks; none may come from pairs of other settings, none may know a test animal."""
+    pairs, nets = open_pairs(cfg.root).attributes, {}
+    for model in cfg.models:
+        net, checkpoint = networks.load_unet(path := cfg.root / "runs" / model / "best.pt", pairs["settings"])
+        seen = (checkpoint["data"].get("splits") or {}).get("train", [])
+        leaked = set(seen) & set(pairs["splits"].get("test", []))
+        if leaked and pairs["split_by"] == "animal":
+            raise InputError(f"{path}: trained on {', '.join(sorted(leaked))}, expected no animal of split test")
+        nets[model] = net.to(networks.pick_device())
+    return nets
+
+
+# ---------------------------------------------------------------- images
+
+
+def denoise(images: Array, noise: float, strength: float) -> Array:
+    """Non-local means of every slice."""
+    settings = {"patch_size": 5, "patch_distance": 6, "h": strength * noise, "sigma": noise, "fast_mode": True}
+    return np.stack([skimage.restoration.denoise_nl_means(image, **settings) for image in images]).astype(np.float32)
+
+
+def tuning_errors(cfg: Config, task: tuple[str, int]) -> list[float]:
+    """MSE against the high slice in the body, in normalised units, of non-local means of every strength."""
+    scan, index = load_scan(cfg, task[0]), task[1]
+    fine, body = on_high_grid(scan.low[[index]], scan.attributes, "fourier"), scan.body[index]
+    restored = [denoise(fine, scan.noise[0], strength)[0] for strength in cfg.strengths]
+    high = scan.references["high"][index]
+    return [float(np.square(image - high)[body].mean() / scan.unit[index] ** 2) for image in restored]
+
+
+def every(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, workers: int) -> dict[Any, Any]:
+    """Results of a function by task, with progress."""
+    progress, found = Progress(len(tasks), label), {}
+    for task, result in run_parallel(function, tasks, workers):
+        found[task] = result
+        progress.step()
+    return found
+
+
+def tune(cfg: Config) -> tuple[float, dict[str, float]]:
+    """Strength of non-local means with the least MSE on validation slices, and the MSE of every strength."""
+    slices = slices_of(cfg, ["validation"])
+    tasks = [slices[i] for i in np.linspace(0, len(slices) - 1, min(cfg.tuning_slices, len(slices))).astype(int)]
+    found = every(functools.partial(tuning_errors, cfg), tasks, "tuning", cfg.workers)
+    errors = np.mean([found[task] for task in tasks], axis=0)
+    curve = {f"{strength:g}": float(error) for strength, error in zip(cfg.strengths, errors, strict=True)}
+    return cfg.strengths[int(errors.argmin())], curve
+
+
+def restore(cfg: Config, settings: dict[str, str], nets: dict[str, Any], key: str) -> None:
+    """Write the images of a scan by every model of `settings`, but for those that are there already."""
+    inputs = [store.attrs(key).get("fingerprint") for store in (open_curated(cfg.root), open_pairs(cfg.root))]
+    scan = None
+    for model, setting in settings.items():
+        store, mark = cfg.root / "results" / f"{model}.zarr", fingerprint(model, setting, inputs)
+        if (scan_attributes(store, key) or {}).get("fingerprint") == mark:
+            continue
+        scan = scan or load_scan(cfg, key)
+        if model in nets:  # full field, upsampled and normalised as stage 02 does it in the crop
+            chosen = open_pairs(cfg.root).attributes["settings"]
+            images = on_high_grid(scan.low, scan.attributes, chosen["upsample"], chosen["align"] != "none")
+            y0, y1, x0, x1 = scan.attributes["box"]
+            scale, offset = normalisation(images[:, y0:y1, x0:x1], chosen["normalise"])
+            scale[scale == 0] = 1  # a dropped slice of zeros
+            images = networks.restore(nets[model], images, scale, offset)
+        elif model == "high":
+            images = scan.references["high"]
+        elif model == "low":  # the report's zoom, half a pixel off
+            images = on_high_grid(scan.low, scan.attributes, "nearest", aligned=False)
+        else:
+            images = on_high_grid(scan.low, scan.attributes, "cubic" if model == "bicubic" else "fourier")
+            images = denoise(images, scan.noise[0], float(setting)) if model == "nlm" else images
+        (store / "zarr.json").unlink(missing_ok=True)  # incomplete until all scans are there
+        place = {name: scan.attributes[name] for name in ("affine", "spacing_mm")} | {"fingerprint": mark}
+        write_scan(store, key, {"restored": images.astype(np.float32)}, place)
+
+
+def slice_figures(scan: Scan, images: dict[str, Array], index: int) -> Iterator[Figure]:
+    """Figures of one slice of every model against the high image and, where it is known, the truth."""
+    body, unit = scan.body[index], float(scan.unit[index])
+    masks = {name: m for name, m in (("field", np.ones_like(body)), ("body", body), ("air", ~body)) if m.any()}
+    for reference, volume in scan.references.items():
+        low_errors: dict[str, float] = {}
+        for model in (name for name in images if name != reference):
+            found = compare(images[model][index], volume[index], masks, scan.data_range, unit)
+            errors = {mask: value for metric, mask, value in found if metric == "mse"}
+            low_errors = low_errors or errors
+            found += [("mse_ratio", mask, np.divide(errors[mask], low_errors[mask])) for mask in masks]
+            if body.any():
+                restored, wanted = (np.asarray(v[index][body], np.float64) for v in (images[model], volume))
+                size = {"mean": restored.mean() / wanted.mean(), "max": restored.max() / wanted.max()}
+                found += [(f"{name}_ratio", "body", ratio) for name, ratio in size.items()]
+            if body.any() and reference == "high":  # E[MSE against the high image] = MSE + variance of its noise
+                found += [("mse_corrected", "body", errors["body"] - (scan.noise[1] / unit) ** 2)]
+            yield from (Figure(index, model, metric, reference, mask, float(value)) for metric, mask, value in found)
+
+
+def box_figures(scan: Scan, images: dict[str, Array], boxes: Sequence[Box]) -> Iterator[Figure]:
+    """Figures of every ROI with the background of its slice."""
+    for roi in (box for box in boxes if box.kind == "roi"):
+        pair = roi, next(box for box in boxes if box.kind == "background" and box.slice == roi.slice)
+        pixels = {
+            name: [np.asarray(volume[b.slice, b.y0 : b.y1, b.x0 : b.x1], np.float64) for b in pair]
+            for name, volume in (images | scan.references).items()
+        }
+        contrast = {name: inside.mean() - outside.mean() for name, (inside, outside) in pixels.items()}
+        for model in images:
+            for metric, value in contrast_figures(*pixels[model]).items():
+                yield Figure(roi.slice, model, metric, "", f"box:{roi.name}", float(value))
+            for reference in (name for name in scan.references if name != model):  # CNR is won by blur, this is not
+                recovery = np.divide(contrast[model], contrast[reference])
+                yield Figure(roi.slice, model, "contrast_recovery", reference, f"box:{roi.name}", float(recovery))
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def judge(cfg: Config, models: Sequence[str], drawn: Sequence[Box], key: str) -> tuple[list[dict[str, Any]], list[Box]]:
+    """Rows of metrics.csv of one scan, and its boxes: those that were drawn, else two in its middle slice."""
+    scan = load_scan(cfg, key)
+    stores = {model: Store(cfg.root / "results" / f"{model}.zarr", "06_evaluate.py") for model in models}
+    images = {model: store.read(key, "restored", 3, "float32") for model, store in stores.items()}
+    indices = sorted(scan.judged)
+    boxes = [box for box in drawn if box.key == key and box.slice in indices]
+    if key not in {box.key for box in drawn}:
+        middle = indices[len(indices) // 2]
+        boxes = place_boxes(key, middle, scan.references["high"][middle], scan.body[middle], cfg.box)
+    figures = [figure for index in indices for figure in slice_figures(scan, images, index)]
+    figures += box_figures(scan, images, boxes)
+    place = dict(zip(("subject", "region", "plane"), key.split("/"), strict=True)) | {"range": scan.data_range}
+    return [place | {"split": scan.judged[f.slice]} | f._asdict() for f in figures], boxes
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print the figures that matter, one line per model."""
+    for split in dict.fromkeys(split for found in summary.values() for split in found):
+        print(f"\n{split + ', body':18}" + "".join(f"{name:>12}" for name in PRINTED))
+        for model, found in summary.items():
+            means = [found.get(split, {}).get(f"{name}_body", {}).get("mean", np.nan) for name in PRINTED]
+            print(f"{model:18}" + "".join(f"{mean:12.4f}" for mean in means))
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Restore and judge every scan of the splits; return summary.json's content."""
+    if clash := set(cfg.models) & set(BASELINES):
+        raise InputError(f"--models: {', '.join(sorted(clash))} found, a baseline, expected folders below runs")
+    keys = list(dict.fromkeys(key for key, _ in slices_of(cfg, cfg.splits)))
+    drawn, nets = read_boxes(cfg), load_networks(cfg)
+    strength, curve = tune(cfg)
+    print(f"non-local means: strength {strength:g} of " + ", ".join(f"{s} (MSE {e:.4f})" for s, e in curve.items()))
+    digests = {model: sha256(cfg.root / "runs" / model / "best.pt") for model in nets}
+    settings = dict.fromkeys(BASELINES, "") | {"nlm": f"{strength:g}"}
+    every(functools.partial(restore, cfg, settings, {}), keys, "baselines", cfg.workers)
+    every(functools.partial(restore, cfg, digests, nets), keys if nets else [], "networks", 1)
+    for model, setting in (settings | digests).items():
+        attributes = {
+            "model": model,
+            "fingerprint": fingerprint(setting, keys),
+            "tuning": curve if model == "nlm" else {},
+        }
+        finish_store(cfg.root / "results" / f"{model}.zarr", keys, attributes)
+    found = every(functools.partial(judge, cfg, (*settings, *digests), drawn), keys, "figures", cfg.workers)
+    rows = [row for key in keys for row in found[key][0]]
+    summary = summarise(rows, cfg.draws, cfg.seed)
+    write_table(cfg.root / "results" / "rois.csv", Box._fields, [b._asdict() for key in keys for b in found[key][1]])
+    write_table(cfg.root / "results" / "metrics.csv", COLUMNS, rows)
+    write_json(cfg.root / "results" / "summary.json", summary)
+    print_summary(summary)
+    return summary
+
+
+if __name__ == "__main__":
+    main(run, PRESETS)

@@ -1,0 +1,588 @@
+"""Index, pairing, import and tables of the curation, on small simulated studies and on real ones."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from test_paravision import write_scan
+
+from common import InputError, open_curated, scan_attributes, write_table
+from paravision import read_paravision
+
+curate = importlib.import_module("01_curate")
+REPO = Path(__file__).resolve().parent.parent
+
+
+def images(slices: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Low (32 x 32) and high (64 x 64) magnitude images of a blob that differs from slice to slice, with noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    truth = [
+        1000.0 * ((x / 0.6) ** 2 + (y / (0.5 + 0.02 * i)) ** 2 < 1) * (1.2 + np.sin(9 * x + i)) for i in range(slices)
+    ]
+    spectrum = np.fft.fftshift(np.fft.fft2(truth), axes=(1, 2))
+    stacks = []
+    for half in (16, 32):
+        part = np.fft.ifftshift(spectrum[:, 32 - half : 32 + half, 32 - half : 32 + half], axes=(1, 2))
+        signal_ = np.fft.ifft2(part) * (2 * half / 64) ** 2
+        noise = rng.normal(0, 30, (2, *part.shape))
+        stacks.append(np.round(np.abs(signal_ + noise[0] + 1j * noise[1])).astype(np.int16))
+    return stacks[0], stacks[1]
+
+
+def write_study(
+    raw: Path, name: str, low: dict[str, Any] | None = None, high: dict[str, Any] | None = None, **both: Any
+):
+    """A study with a fast scan 1 and a slow scan 2; `low`, `high` and `both` change their parameters."""
+    stacks = images(seed=len(name))
+    if "subject" in both:
+        both["VisuSubjectId"] = f"( 65 )\n<{both.pop('subject')}>"
+    times = "<2024-05-06T10:00:00,000+0200>", "<2024-05-06T10:02:00,000+0200>"
+    for scan, stack, averages, own, date in zip((1, 2), stacks, (1, 5), (low, high), times, strict=True):
+        more = {"PVM_NAverages": averages, "VisuAcqDate": date, "VisuSubjectId": f"( 65 )\n<{name}>"}
+        more |= {"VisuStudyUid": f"( 65 )\n<9.{sum(name.encode())}>", "VisuSubjectUid": f"( 65 )\n<8.{name}>"}
+        more |= both | (own or {})
+        write_scan(raw / name / str(scan), more.pop("stack", stack), **more)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """An experiment with two animals, one pair each."""
+    write_study(tmp_path / "data/raw", "mouse01", VisuAcquisitionProtocol="( 65 )\n<HT_axial_T2>")
+    write_study(tmp_path / "data/raw", "mouse02", plane="coronal")
+    return tmp_path
+
+
+def run(root: Path, **settings: Any) -> dict[str, Any]:
+    return curate.run(curate.Config(root=root, workers=1, **settings))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def cohort(root: Path) -> dict[str, dict[str, str]]:
+    return {f"{row['study']}/{row['scan']}": row for row in table(root / "data/cohort.csv")}
+
+
+def edit(root: Path, name: str = "cohort", **changes: dict[str, str]) -> None:
+    """Change fields of a table by hand; lines are named study/scan or key/slice, / written as __."""
+    rows = table(root / f"data/{name}.csv")
+    for row in rows:
+        line = f"{row['study']}/{row['scan']}" if name == "cohort" else f"{row['key']}/{row['slice']}"
+        row.update(changes.get(line.replace("/", "__"), {}))
+    write_table(root / f"data/{name}.csv", list(rows[0]), rows)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def results(root: Path) -> dict[str, bytes]:
+    return {name: text for name, text in tree(root / "data").items() if not name.startswith("raw/")}
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_store_holds_what_the_scanner_wrote(root):
+    assert run(root) | {"dropped": 0} == {"scans": 4, "usable": 4, "pairs": 2, "slices": 10, "dropped": 0}
+    store = open_curated(root)
+    assert store.scans == ["mouse01/HT/axial", "mouse02/unknown/coronal"]
+    for key in store.scans:
+        attributes = store.attrs(key)
+        for name in ("low", "high"):
+            scan = read_paravision(root / "data/raw" / attributes[f"source_{name}"])
+            np.testing.assert_array_equal(store.read(key, name, 3, "float32"), scan.image)
+            np.testing.assert_array_equal(attributes[f"affine_{name}"], scan.affine)
+            assert tuple(attributes[f"spacing_{name}_mm"]) == scan.spacing_mm
+            assert attributes[f"parameters_{name}"] == scan.parameters
+        assert attributes["parameters_low"]["averages"] == 1
+        assert attributes["parameters_high"]["averages"] == 5
+        assert "/".join(attributes[name] for name in ("subject", "region", "plane")) == key
+        assert store.read(key, "keep", 1, "bool").shape == (5,)
+
+
+def test_tables_say_what_was_found(root):
+    write_scan(root / "data/raw/mouse01/3", np.ones((5, 32, 32), np.int16), Method="<Bruker:FLASH>")
+    run(root)
+    rows = cohort(root)
+    assert rows["mouse01/1"] == {
+        **{"subject": "mouse01", "region": "HT", "plane": "axial", "role": "low", "study": "mouse01", "scan": "1"},
+        **{"reco": "1", "matrix": "32x32", "averages": "1", "tr_ms": "4000", "te_ms": "37.1", "fov_mm": "20x20"},
+        **{"slices": "5", "thickness_mm": "0.8", "protocol": "HT_axial_T2", "date": "2024-05-06T10:00:00"},
+        **{"use": "yes", "pair": "mouse01/HT/axial", "reason": ""},
+    }
+    assert rows["mouse01/2"]["role"] == "high"
+    assert rows["mouse01/3"]["use"] == "no"
+    assert rows["mouse01/3"]["reason"] == "pdata/1/visu_pars: sequence: Bruker:FLASH found, expected RARE"
+    slices = table(root / "data/slices.csv")
+    assert [(row["key"], row["slice"]) for row in slices[:2]] == [("mouse01/HT/axial", "0"), ("mouse01/HT/axial", "1")]
+    assert {row["decision"] for row in slices} == {""}
+    assert all(float(row["correlation"]) > 0.9 for row in slices)
+
+
+@pytest.mark.parametrize(
+    ("names", "region"),
+    [
+        ({"VisuAcquisitionProtocol": "( 65 )\n<T2_TA_cor>"}, "TA"),
+        ({"VisuAcquisitionProtocol": "( 65 )\n<T2 head-thorax>"}, "HT"),
+        ({"VisuAcquisitionProtocol": "( 65 )\n<T2>", "ACQ_scan_name": "( 65 )\n<Thorax_Abdomen>"}, "TA"),
+        ({"VisuStudyId": "( 65 )\n<mouse brain>"}, "head"),
+        ({"VisuStudyId": "( 65 )\n<LEGO brick>"}, "lego"),
+        ({"VisuStudyId": "( 65 )\n<data of the night>"}, "unknown"),
+    ],
+)
+def test_region_from_the_names(tmp_path, names, region):
+    write_study(tmp_path / "data/raw", "m1", **names)
+    run(tmp_path, only_index=True)
+    assert cohort(tmp_path)["m1/1"]["region"] == region
+
+
+def test_only_index_imports_nothing(root):
+    assert run(root, only_index=True) == {"scans": 4, "usable": 4, "pairs": 2}
+    assert sorted(path.name for path in (root / "data").iterdir()) == [".cohort.automatic.csv", "cohort.csv", "raw"]
+
+
+def test_raw_folder_elsewhere(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    assert run(other, raw=root / "data/raw")["pairs"] == 2
+    assert (root / "data/curated.zarr").exists() is False
+
+
+# ---------------------------------------------------------------- pairing
+
+
+MISFITS = {
+    "field of view 20x20 against 20x19.9 mm": {"VisuCoreExtent": [20, 19.9]},
+    "thickness 0.8 against 0.9 mm": {"VisuCoreFrameThickness": [0.9]},
+    "slice distance 1 against 1.1 mm": {"step": 1.1},
+    "slice centres 0.07 mm apart": {"VisuCorePosition": np.array([[-10, -10, z + 0.07] for z in range(5)])},
+    "orientation 0.6 degrees off": {
+        "VisuCoreOrientation": np.tile([0.999945, 0.010472, 0, -0.010472, 0.999945, 0, 0, 0, 1], (5, 1))
+    },
+    "5 slices against 4": {"stack": images(4)[1]},
+    "neither is the lower one, 32x32 with 1 averages and 32x32 with 1 averages": {
+        "stack": images()[0],
+        "PVM_NAverages": 1,
+    },
+    "neither is the lower one, 32x32 with 1 averages and 48x48 with 5 averages": {
+        "stack": images()[1][:, :48, :48].copy()
+    },
+}
+
+
+@pytest.mark.parametrize("reason", MISFITS)
+def test_scans_that_do_not_fit_are_no_pair(root, reason):
+    write_study(root / "data/raw", "odd", high=MISFITS[reason])
+    assert run(root, only_index=True)["pairs"] == 2
+    row = cohort(root)["odd/1"]
+    assert (row["use"], row["pair"], row["role"]) == ("no", "", "")
+    assert row["reason"].startswith("no partner; scan 2: ")
+    assert reason in row["reason"]
+
+
+def test_within_the_tolerances_they_are(root):
+    shift = np.array([[-10, -10, z + 0.04] for z in range(5)])
+    write_study(root / "data/raw", "near", high={"VisuCorePosition": shift, "VisuCoreExtent": [20.02, 20]})
+    assert run(root, only_index=True)["pairs"] == 3
+
+
+def test_same_matrix_with_more_averages_is_the_high_scan(tmp_path):
+    write_study(tmp_path / "data/raw", "m", low={"PVM_NAverages": 4}, high={"stack": images()[0], "PVM_NAverages": 1})
+    run(tmp_path, only_index=True)
+    assert [cohort(tmp_path)[f"m/{scan}"]["role"] for scan in (1, 2)] == ["high", "low"]
+
+
+def test_other_study_uid_or_animal_in_one_folder_is_no_pair(root):
+    write_study(root / "data/raw", "two", low={"VisuStudyUid": "( 65 )\n<7.7>"})
+    write_study(root / "data/raw", "few", low={"VisuSubjectUid": "( 65 )\n<7.8>"})
+    assert run(root, only_index=True)["pairs"] == 2
+    assert cohort(root)["two/1"]["reason"] == "no partner; no other usable scan in its study"
+
+
+def test_partner_nearest_in_time_and_the_key_of_a_further_pair(tmp_path):
+    raw = tmp_path / "data/raw"
+    write_study(raw, "m")
+    low, high = images(seed=5)
+    more = {
+        "VisuStudyUid": f"( 65 )\n<9.{ord('m')}>",
+        "VisuSubjectUid": "( 65 )\n<8.m>",
+        "VisuSubjectId": "( 65 )\n<m>",
+    }
+    write_scan(raw / "m/3", high, PVM_NAverages=5, VisuAcqDate="<2024-05-06T09:59:00,000+0200>", **more)
+    run(tmp_path)
+    assert cohort(tmp_path)["m/1"]["pair"] == cohort(tmp_path)["m/3"]["pair"] == "m/unknown/axial"
+    assert cohort(tmp_path)["m/2"]["reason"] == "no partner; scan 1: has a partner nearer in time"
+    # A fast scan before them all: the pair that was there keeps its name, and with it the decisions about its slices.
+    edit(tmp_path, "slices", m__unknown__axial__2={"decision": "drop"})
+    write_scan(raw / "m/4", low, VisuAcqDate="<2024-05-06T09:00:00,000+0200>", **more)
+    run(tmp_path)
+    rows = cohort(tmp_path)
+    assert rows["m/1"]["pair"] == rows["m/3"]["pair"] == "m/unknown/axial"
+    assert rows["m/4"]["pair"] == rows["m/2"]["pair"] == "m/unknown/axial_2"
+    assert open_curated(tmp_path).read("m/unknown/axial", "keep").tolist()[2] is False
+    assert open_curated(tmp_path).attrs("m/unknown/axial_2")["plane"] == "axial"
+
+
+def test_two_animals_under_one_subject_id_are_kept_apart(tmp_path, capsys):
+    for name in ("week1", "week2", "other"):
+        uid = "8.1" if name != "other" else "8.2"
+        write_study(tmp_path / "data/raw", name, subject="M 1/a", VisuSubjectUid=f"( 65 )\n<{uid}>")
+    run(tmp_path)
+    rows = cohort(tmp_path)
+    names = [rows[f"{study}/1"]["subject"] for study in ("week1", "week2", "other")]
+    assert names[0] == names[1] != names[2]
+    assert sorted(set(names)) == ["M-1-a", "M-1-a-2"]
+    assert "'M 1/a' was given to several animals" in capsys.readouterr().out
+    before = results(tmp_path)
+    run(tmp_path)
+    assert results(tmp_path) == before
+
+
+# ---------------------------------------------------------------- edits by hand
+
+
+def test_edits_of_the_cohort_are_kept(root):
+    run(root)
+    edit(
+        root,
+        mouse01__1={"region": "head"},
+        mouse02__1={"subject": "bob", "plane": "dorsal"},
+        mouse02__2={"subject": "bob"},
+    )
+    for _ in range(3):
+        run(root)
+        assert open_curated(root).scans == ["bob/unknown/dorsal", "mouse01/head/axial"]
+        assert not (root / "data/curated.zarr/mouse02").exists() or not list(
+            (root / "data/curated.zarr/mouse02").glob("*/*")
+        )
+    assert cohort(root)["mouse01/2"]["region"] == "head"
+    # What is emptied or set back is automatic again.
+    edit(
+        root,
+        mouse01__1={"region": ""},
+        mouse01__2={"region": ""},
+        mouse02__1={"subject": "mouse02", "plane": "coronal"},
+    )
+    edit(root, mouse02__2={"subject": "", "plane": "coronal"})
+    run(root)
+    assert open_curated(root).scans == ["mouse01/HT/axial", "mouse02/unknown/coronal"]
+
+
+def test_a_scan_is_left_out_by_hand_and_taken_back(root):
+    run(root)
+    edit(root, mouse01__2={"use": "no"})
+    for _ in range(2):
+        assert run(root)["pairs"] == 1
+        assert cohort(root)["mouse01/2"]["reason"] == "use is no in the cohort"
+        assert cohort(root)["mouse01/1"]["reason"] == "no partner; no other usable scan in its study"
+    edit(root, mouse01__2={"use": "yes"})
+    assert run(root)["pairs"] == 2
+
+
+def test_roles_by_hand_pair_scans_of_one_kind(root):
+    """Two scans of equal matrix and averages are a pair once a person says which is which."""
+    write_study(root / "data/raw", "same", high={"stack": images(seed=9)[0], "PVM_NAverages": 1})
+    assert run(root)["pairs"] == 2
+    edit(root, same__1={"role": "high"})
+    for _ in range(2):
+        assert run(root)["pairs"] == 3
+        assert [cohort(root)[f"same/{scan}"]["role"] for scan in (1, 2)] == ["high", "low"]
+
+
+def test_cohort_written_by_hand_before_the_first_run(root):
+    rows = [dict.fromkeys(curate.COHORT, "") | {"study": "mouse01", "scan": "2", "subject": "anna"}]
+    write_table(root / "data/cohort.csv", curate.COHORT, rows)
+    run(root)
+    assert open_curated(root).scans == ["anna/HT/axial", "mouse02/unknown/coronal"]
+
+
+def test_decisions_about_slices_are_kept_and_hold(root):
+    run(root)
+    suggested = open_curated(root).read("mouse01/HT/axial", "keep")
+    edit(root, "slices", mouse01__HT__axial__1={"decision": "drop"}, mouse02__unknown__coronal__0={"decision": "keep"})
+    expected = suggested.copy()
+    expected[1] = False
+    marks = []
+    for threshold in (4.0, 4.0, 5.0):
+        run(root, threshold=threshold)
+        keep = open_curated(root).read("mouse01/HT/axial", "keep")
+        assert keep[1] == np.False_
+        rows = {f"{row['key']}/{row['slice']}": row["decision"] for row in table(root / "data/slices.csv")}
+        assert rows["mouse01/HT/axial/1"] == "drop"
+        assert rows["mouse02/unknown/coronal/0"] == "keep"
+        marks.append(open_curated(root).attributes["fingerprint"])
+    assert marks[0] == marks[1] != marks[2]
+    # A pair that is away for a while keeps them too.
+    shutil.move(root / "data/raw/mouse01", root / "away")
+    write_table(
+        root / "data/cohort.csv", curate.COHORT, [r for r in table(root / "data/cohort.csv") if r["study"] != "mouse01"]
+    )
+    assert run(root)["pairs"] == 1
+    shutil.move(root / "away", root / "data/raw/mouse01")
+    run(root)
+    np.testing.assert_array_equal(open_curated(root).read("mouse01/HT/axial", "keep"), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"role": "lower"}, r"line 2: role 'lower' found, expected low or high"),
+        ({"use": "maybe"}, "line 2: use 'maybe' found"),
+        ({"subject": "../up"}, r"line 2: subject '\.\./up' found"),
+        ({"study": "gone"}, "gone/1 is no scan, expected one"),
+        ({"scan": "2"}, "line 3: the scan of an earlier line found"),
+    ],
+)
+def test_faults_of_the_cohort(root, change, reason):
+    run(root)
+    before = results(root)
+    edit(root, mouse01__1=change)
+    with pytest.raises(InputError, match=reason):
+        run(root)
+    edit(root, **{f"{change.get('study', 'mouse01')}__1": {"role": "low"}}) if False else None
+    assert {n: t for n, t in results(root).items() if n != "cohort.csv"} == {
+        n: t for n, t in before.items() if n != "cohort.csv"
+    }
+
+
+def test_unknown_columns_and_odd_decisions(root):
+    run(root)
+    rows = table(root / "data/cohort.csv")
+    write_table(root / "data/cohort.csv", [*curate.COHORT, "weight"], [row | {"weight": "20"} for row in rows])
+    with pytest.raises(InputError, match=r"cohort.csv: unknown or missing column weight"):
+        run(root)
+    write_table(root / "data/cohort.csv", curate.COHORT, rows)
+    edit(root, "slices", mouse01__HT__axial__1={"decision": "perhaps"})
+    with pytest.raises(InputError, match=r"slices.csv: line 3: decision 'perhaps' found"):
+        run(root)
+
+
+def test_two_regions_for_one_pair_are_an_error(root):
+    run(root)
+    edit(root, mouse01__1={"region": "head"}, mouse01__2={"region": "tail"})
+    with pytest.raises(InputError, match="region head and tail found, expected one"):
+        run(root)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_no_studies(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        run(tmp_path)
+    (tmp_path / "data/raw").mkdir(parents=True)
+    with pytest.raises(InputError, match="0 scans found"):
+        run(tmp_path)
+    write_scan(tmp_path / "data/raw/a/1", np.ones((3, 8, 8), np.int16), Method="<EPI>")
+    with pytest.raises(InputError, match=r"1 scans found, none usable, the first: .*EPI"):
+        run(tmp_path)
+    assert not (tmp_path / "data/cohort.csv").exists()
+
+
+def test_nothing_pairs(tmp_path):
+    write_study(tmp_path / "data/raw", "m", high=MISFITS["thickness 0.8 against 0.9 mm"])
+    with pytest.raises(InputError, match="no pair found, expected low and high; m/1: no partner; scan 2: thickness"):
+        run(tmp_path)
+    assert len(cohort(tmp_path)) == 2
+
+
+def test_slices_of_nan_and_of_zeros_are_dropped_with_the_reason(root):
+    low, high = (stack.astype(np.float32) for stack in images())
+    low[1] = 0
+    high[2, 5, 7] = np.nan
+    high[3] = np.inf
+    words = {"VisuCoreWordType": "_32BIT_FLOAT"}
+    write_study(root / "data/raw", "odd", low={"stack": low} | words, high={"stack": high} | words)
+    run(root)
+    rows = [row for row in table(root / "data/slices.csv") if row["key"].startswith("odd")]
+    assert [row["suggestion"] for row in rows[1:4]] == ["drop"] * 3
+    for row, reason in zip(rows[1:4], ("low is empty", "NaN in high", "NaN in high"), strict=True):
+        assert reason in row["reason"]
+    assert all(np.isfinite(float(row[name])) for row in rows for name in curate.MEASURES)
+    store = open_curated(root)
+    assert np.isfinite(store.read("odd/unknown/axial", "high")).all()
+    assert not store.read("odd/unknown/axial", "keep")[1:4].any()
+
+
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_a_scan_of_nothing_else_is_refused_and_the_others_go_on(root, value):
+    black = {"stack": np.full((5, 64, 64), value, np.float32), "VisuCoreWordType": "_32BIT_FLOAT"}
+    write_study(root / "data/raw", "odd", high=black)
+    assert run(root)["pairs"] == 2
+    for scan in (1, 2):
+        row = cohort(root)[f"odd/{scan}"]
+        assert (row["use"], row["pair"]) == ("no", "")
+        assert row["reason"].startswith("every slice is empty or holds NaN")
+    for name in ("mouse01", "mouse02"):
+        shutil.rmtree(root / f"data/raw/{name}")
+    (root / "data/cohort.csv").unlink()
+    with pytest.raises(InputError, match="no pair of 1 can be used; every slice is empty"):
+        run(root)
+
+
+@pytest.mark.parametrize("fault", ["missing", "nothing", "column"])
+def test_command_ends_in_one_line_and_status_2(tmp_path, fault):
+    if fault != "missing":
+        (tmp_path / "data/raw").mkdir(parents=True)
+    if fault == "column":
+        write_study(tmp_path / "data/raw", "m")
+        (tmp_path / "data/cohort.csv").write_text("subject,weight\nm,20\n")
+    command = [sys.executable, "01_curate.py", "--preset", "smoke", "--root", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "expected" in done.stderr
+
+
+# ---------------------------------------------------------------- running again
+
+
+def test_what_did_not_change_is_not_written_again(root):
+    run(root)
+    before, files = results(root), sorted((root / "data/curated.zarr").glob("*/*/*/*/c/*/*/*"))
+    times = {path: path.stat().st_mtime_ns for path in files}
+    run(root)
+    assert results(root) == before
+    assert {path: path.stat().st_mtime_ns for path in files} == times
+    changed = root / "data/raw/mouse02/2/pdata/1/2dseq"
+    changed.write_bytes(changed.read_bytes()[::-1])
+    run(root)
+    same = [path for path in files if path.exists() and path.stat().st_mtime_ns == times[path]]
+    assert {path.relative_to(root / "data/curated.zarr").parts[0] for path in same} == {"mouse01"}
+    np.testing.assert_array_equal(
+        open_curated(root).read("mouse02/unknown/coronal", "high"), read_paravision(changed).image
+    )
+
+
+def test_a_damaged_store_is_mended(root):
+    run(root)
+    before = results(root)
+    shards = sorted((root / "data/curated.zarr").glob("*/*/*/*/c/0/0/0"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-7])
+    shards[-1].unlink()
+    (root / "data/curated.zarr/zarr.json").write_text("{")
+    run(root)
+    assert results(root) == before
+
+
+def test_a_scan_that_is_gone_leaves_the_store(root):
+    run(root)
+    shutil.rmtree(root / "data/raw/mouse02")
+    with pytest.raises(InputError, match="mouse02/1 is no scan"):
+        run(root)
+    write_table(
+        root / "data/cohort.csv",
+        curate.COHORT,
+        [row for row in table(root / "data/cohort.csv") if row["study"] == "mouse01"],
+    )
+    run(root)
+    assert open_curated(root).scans == ["mouse01/HT/axial"]
+    assert scan_attributes(root / "data/curated.zarr", "mouse02/unknown/coronal") is None
+
+
+def test_number_of_workers_does_not_change_the_result(root):
+    run(root)
+    alone = results(root)
+    for path in (root / "data").iterdir():
+        if path.name != "raw":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    curate.run(curate.Config(root=root, workers=2))
+    assert results(root) == alone
+
+
+def test_killed_at_any_moment_the_next_run_completes(root, tmp_path_factory):
+    for name in ("a", "bb", "ccc"):
+        write_study(root / "data/raw", name)
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(root / "data/raw", whole / "data/raw")
+    run(whole)
+    code = f"import importlib, pathlib; c = importlib.import_module('01_curate'); c.run(c.Config(root=pathlib.Path({str(root)!r}), workers=1))"
+    started = time.monotonic()
+    waits = iter((0.9, 1.2, 1.5))
+    for wait in waits:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.DEVNULL)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert time.monotonic() - started < 60
+    run(root)
+    assert results(root) == results(whole)
+    assert not list((root / "data").glob(".*partial"))
+
+
+# ---------------------------------------------------------------- real studies
+
+
+@pytest.mark.real
+def test_real_pairs(bruker, tmp_path):
+    assert run(tmp_path, raw=bruker / "pairs")["pairs"] == 3
+    store = open_curated(tmp_path)
+    assert store.scans == ["anon/unknown/axial", "lb_140721/head/axial", "lb_140721/head/axial_2"]
+    shapes = [store.read(key, name).shape for key in store.scans for name in ("low", "high")]
+    assert shapes == [(24, 64, 64), (24, 128, 128)] + [(31, 64, 64), (31, 128, 128)] * 2
+    for key in store.scans:
+        attributes = store.attrs(key)
+        low, high = (np.array(attributes[f"affine_{name}"]) for name in ("low", "high"))
+        np.testing.assert_allclose(low @ [3, 5, 7, 1], high @ [6, 10, 7, 1])  # pixel j of low lies on 2j of high
+    slices = table(tmp_path / "data/slices.csv")
+    assert sum(row["suggestion"] == "drop" for row in slices) < 0.15 * len(slices)
+
+
+@pytest.mark.real
+def test_whole_folder_of_real_studies(bruker, tmp_path):
+    assert run(tmp_path, raw=bruker, only_index=True) == {"scans": 28, "usable": 16, "pairs": 3}
+    rows = cohort(tmp_path)
+    reasons = {
+        "phantom_letters_rare_pv601_7T/study/5": "pdata/1/2dseq: no such file, expected an image; was the scan never run?",
+        "phantom_letters_rare_pv601_7T/study/28": "pdata/1/visu_pars: no such file",
+        "phantom_letters_rare_pv601_7T/study/2": "no partner; scan 6: field of view 35x35 against 40x35 mm",
+        "mouse_brain_rare_pv360_36_9T4/study/2": "pdata/1/2dseq: empty file",
+        "mouse_body_rare_pv601_7T/study/3": "no partner; scan 2: 1 slices against 24",
+    }
+    for place, reason in reasons.items():
+        assert rows[place]["use"] == "no"
+        assert rows[place]["reason"].startswith(reason)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("##$VisuCoreExtent=( 2 )\n30 30", "##$VisuCoreExtent=( 2 )\n30 31", "field of view 30x30 against 30x31 mm"),
+        ("##$VisuCoreFrameThickness=( 1 )\n1", "##$VisuCoreFrameThickness=( 1 )\n2", "thickness 1 against 2 mm"),
+        ("-14.9985581617522 -15.001441699668 -15 ", "-14.9985581617522 -15.001441699668 -14.9 ", "uneven|centres"),
+    ],
+)
+def test_mutated_real_pair(bruker, tmp_path, old, new, reason):
+    raw = tmp_path / "data/raw"
+    for file in (path for path in (bruker / "pairs/rat_head_a").rglob("*") if path.is_file()):
+        target = raw / "rat" / file.relative_to(bruker / "pairs/rat_head_a")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    visu = raw / "rat/2/pdata/1/visu_pars"
+    text = visu.read_text()
+    assert old in text
+    visu.write_text(text.replace(old, new))
+    with pytest.raises(InputError, match="no pair found"):
+        run(tmp_path)
+    assert any(reason.split("|")[0] in row["reason"] for row in cohort(tmp_path).values())
+
+
+def test_arrays_are_sharded_one_file_a_scan(root):
+    run(root)
+    array = zarr.open_array(root / "data/curated.zarr/mouse01/HT/axial/high", mode="r")
+    assert (array.chunks, array.shards) == ((1, 64, 64), (5, 64, 64))
