@@ -20,7 +20,11 @@ import dataclasses
 import datetime
 import functools
 import os
+import shutil
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ import scipy.fft
 from numpy.random import SeedSequence, default_rng
 
 import anatomy
-from common import InputError, Progress, atomic_path, fingerprint, finish_store, main, run_parallel, write_scan
+from common import InputError, Progress, atomic_path, available_cores, fingerprint, finish_store, main, write_scan
 from common import scan_attributes as attributes_of
 from paravision_writer import PLANES, Scan, session_of, study_mark, write_scan_folder, write_subject
 
@@ -37,7 +41,6 @@ Array = np.ndarray[Any, Any]
 
 SPOILED = ("none", "spike", "motion", "signal_loss", "empty")
 BREATHS = np.array([0.0, 0.5, 1.0], np.float32)  # positions of the chest, from rest to full inspiration
-TILE = 8  # samples along the edge of a tile
 SCANNER = 1  # to be raised when the same settings give other images
 
 
@@ -271,53 +274,31 @@ class Slice:
     """Displacement (2, y, x) along y and x at full inspiration, in samples; None where nothing moves."""
 
 
-def tile_grid(cfg: Config) -> tuple[Array, Array]:
-    """Corners of the tiles of a slice, (tile, 8, 3) in mm along x, y and through it, and weights (8, point).
-
-    A tile is TILE x TILE samples and all sheets; the weights interpolate from its corners to its points. Neighbouring
-    samples lie at different depths of their sheet, so that oblique surfaces show no steps.
-    """
-    count, step = -(-cfg.samples // TILE), cfg.fov_mm / cfg.samples
-    y, x = np.meshgrid(*2 * [(np.arange(count) * TILE - cfg.samples // 2) * step], indexing="ij")
-    unit = np.array([(a, b, c) for c in (0, 1) for b in (0, 1) for a in (0, 1)], float)
-    first = np.stack([x, y, np.full_like(x, -cfg.thickness_mm / 2)], axis=-1).reshape(-1, 1, 3)
-    sheet, row, column = np.meshgrid(np.arange(cfg.sub_slices), np.arange(TILE), np.arange(TILE), indexing="ij")
-    depth = (sheet + (anatomy.BAYER[row % 4, column % 4] + 0.5) / 16) / cfg.sub_slices
-    at = np.stack([column / TILE, row / TILE, depth], axis=-1).reshape(1, -1, 3)
-    weights = np.where(unit[:, None] == 1, at, 1 - at).prod(axis=2).astype(np.float32)
-    return first + unit * [TILE * step, TILE * step, cfg.thickness_mm], weights
-
-
-def untile(values: Array, samples: int) -> Array:
-    """Values (tile, sample of one sheet, ...) as an image (y, x, ...)."""
-    count, rest = -(-samples // TILE), values.shape[2:]
-    image = values.reshape(count, count, TILE, TILE, *rest).swapaxes(1, 2)
-    return image.reshape(count * TILE, count * TILE, *rest)[:samples, :samples]
-
-
 def mouse_slice(cfg: Config, mouse: anatomy.Mouse, frame: Array, origin: Array) -> Slice:
     """Render a slice of a mouse; `frame` (3, 3) holds the directions of x, y and the stack, `origin` its centre."""
-    grid, weights = tile_grid(cfg)
-    corners, sheets = (grid @ frame + origin).astype(np.float32), (cfg.sub_slices, TILE**2)
+    grid, weights = anatomy.tile_grid(cfg.fov_mm, cfg.samples, cfg.thickness_mm, cfg.sub_slices)
+    corners, sheets = (grid @ frame + origin).astype(np.float32), (cfg.sub_slices, anatomy.TILE**2)
     t1, t2, proton = mouse.table.T
     own = decay(proton * (1 - np.exp(-cfg.tr_ms / t1)), t2, cfg.echo_spacing_ms, cfg.rare_factor)
     found, states = mouse.render(corners, weights, later=cfg.motion)
-    tiled = np.zeros((len(corners), TILE**2, cfg.rare_factor), np.float32)
+    tiled = np.zeros((len(corners), anatomy.TILE**2, cfg.rare_factor), np.float32)
     signal: list[Array] = []
     for tissue, density in states:
         changed = np.flatnonzero((tissue != states[0][0]).any(axis=1)) if signal else np.arange(len(found))
         label = tissue[changed].reshape(-1, *sheets)
         weight = density[changed].reshape(-1, *sheets, 1) / np.float32(cfg.sub_slices)
         tiled[found[changed]] = sum(own[label[:, n]] * weight[:, n] for n in range(cfg.sub_slices))
-        signal.append(untile(tiled, cfg.samples))
-    labels = np.zeros((len(corners), TILE**2), np.uint8)
+        signal.append(anatomy.untile(tiled, cfg.samples))
+    labels = np.zeros((len(corners), anatomy.TILE**2), np.uint8)
     labels[found] = states[0][0].reshape(-1, *sheets)[:, cfg.sub_slices // 2]
     breath = None
     if cfg.motion:
         push = mouse.breath(corners) @ frame[:2].T.astype(np.float32) * np.float32(cfg.samples / cfg.fov_mm)
         if np.abs(push).max() > 0.5:
-            breath = np.stack([untile(push[..., n] @ weights[:, : TILE**2], cfg.samples) for n in (1, 0)])
-    return Slice(signal, untile(labels, cfg.samples)[:: cfg.supersampling, :: cfg.supersampling], breath)
+            breath = np.stack(
+                [anatomy.untile(push[..., n] @ weights[:, : anatomy.TILE**2], cfg.samples) for n in (1, 0)]
+            )
+    return Slice(signal, anatomy.untile(labels, cfg.samples)[:: cfg.supersampling, :: cfg.supersampling], breath)
 
 
 def brick_slice(cfg: Config, brick: anatomy.Brick, frame: Array, origin: Array) -> Slice:
@@ -355,7 +336,8 @@ def scan_pair(
     sigma = [image_noise(cfg, setup.noise, scan.matrix, scan.averages) for scan in scans]
     gain, start = rng.uniform(600, 1500, 2), rng.uniform(0, 60, 2)
     way = rng.normal(size=3)
-    drift = cfg.motion * rng.uniform(0, 0.2) * way @ frame[:2].T / np.linalg.norm(way)  # along x and y of the image
+    alive = cfg.motion and isinstance(setup.subject, anatomy.Mouse)  # a phantom lies still
+    drift = alive * rng.uniform(0, 0.2) * way @ frame[:2].T / np.linalg.norm(way)  # along x and y of the image
     volumes = [np.empty((count, scan.matrix, scan.matrix), np.float32) for scan in scans]
     truth = np.empty_like(volumes[0])
     labels, spoiled = np.empty(truth.shape, np.uint8), np.zeros((2, count), np.uint8)
@@ -392,6 +374,18 @@ def scan_pair(
             volumes[which][s] = gain[which] * reconstruct(kspace, samples)
     figures = {"noise_high": sigma[0] * gain[0], "noise_low": sigma[1] * gain[1], "drift_mm": drift}
     return volumes, {"truth": truth, "labels": labels, "spoiled": spoiled}, figures
+
+
+def follow_parent() -> None:
+    """End a worker whose parent was killed, so that it never writes beside the next run."""
+
+    def wait() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def simulate_subject(cfg: Config, name: str) -> list[str]:
@@ -484,12 +478,17 @@ def run(cfg: Config) -> dict[str, Any]:
     """Scan every subject."""
     names = [f"mouse{n:02d}" for n in range(1, cfg.subjects + 1)] + ["lego"] * cfg.lego
     check(cfg, names)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers inherit it: one core each
+    # The bits of a matrix product depend on the number of its threads: every subject has a process with just one.
+    os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"))
     progress = Progress(len(names), "simulate")
     keys: list[str] = []
-    for name, own in run_parallel(functools.partial(simulate_subject, cfg), names, cfg.workers):
-        keys += own
-        progress.step(f"{name} | {len(keys)} scan pairs")
+    workers = cfg.workers or available_cores()
+    with ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
+        for name, own in zip(names, pool.map(functools.partial(simulate_subject, cfg), names), strict=True):
+            keys += own
+            progress.step(f"{name} | {len(keys)} scan pairs")
+    for left in (cfg.root / "data" / "raw").glob(".mouse*.partial"):  # of a killed run with more subjects
+        shutil.rmtree(left)
     attributes = {"fingerprint": settings_mark(cfg), "tissues": anatomy.NAMES, "spoiled_kinds": SPOILED}
     finish_store(cfg.root / "data" / "truth.zarr", keys, attributes)
     return {"subjects": len(names), "scans": len(keys)}

@@ -74,8 +74,8 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    "demo": Config(upsample="fourier"),
-    "smoke": Config(upsample="fourier"),
+    "demo": Config(align="measured", upsample="fourier"),
+    "smoke": Config(align="measured", upsample="fourier"),
 }
 
 

@@ -31,6 +31,7 @@ from common import (
     Array,
     InputError,
     atomic_path,
+    body_mask,
     fingerprint,
     main,
     open_pairs,
@@ -248,23 +249,21 @@ def previous(cfg: Config, state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def calibrate(cfg: Config, model: anchored.APDDM) -> dict[str, Any]:
-    """Factor of the intervals from slices of the validation animals; their share that each animal's pixels fill."""
-    store = open_pairs(cfg.root)
-    places = [
-        (key, index)
-        for key in store.scans
-        for index in np.flatnonzero(store.read(key, "split", 1, "uint8") == SPLITS.index("validation")).tolist()
-    ]
+    """Factor of the intervals from the bodies of validation animals, and each animal's share of pixels inside."""
+    store, code = open_pairs(cfg.root), SPLITS.index("validation")
+    places = [(k, i) for k in store.scans for i in np.flatnonzero(store.read(k, "split", 1, "uint8") == code).tolist()]
     few = np.linspace(0, len(places) - 1, min(len(places), cfg.calibration_slices)).astype(int)
     scores: dict[str, list[Array]] = {}
     for key, group in groupby([places[i] for i in few], lambda place: place[0]):
-        chosen = [index for _, index in group]
-        low, high = (store.read(key, name, 3, "float32")[chosen] for name in ("low", "high"))
+        low, high = (store.read(key, name, 3, "float32") for name in ("low", "high"))
+        scale, offset = (store.read(key, name, 1, "float32")[:, None, None] for name in ("scale", "offset"))
+        chosen, body = [index for _, index in group], body_mask(low * scale + offset)
+        low, high, body = low[chosen], high[chosen], body[chosen] if body.any() else np.ones(low.shape, bool)[chosen]
         unit, zero = np.ones(len(low), np.float32), np.zeros(len(low), np.float32)
         how: dict[str, Any] = model.sampling | {"batch": cfg.batch, "precision": cfg.precision}
         generator = networks.seeded(cfg.seed, STAGE, 1)
         mean, deviation = anchored.restore_apddm(model, low, unit, zero, generator=generator, **how)
-        scores.setdefault(key.split("/")[0], []).append((abs(high - mean) / np.maximum(deviation, 1e-9)).ravel())
+        scores.setdefault(key.split("/")[0], []).append((abs(high - mean) / np.maximum(deviation, 1e-9))[body])
     animals = {name: np.concatenate(parts) for name, parts in scores.items()}
     factor = anchored.conformal_factor(np.concatenate(list(animals.values())), cfg.coverage)
     shares = {name: float((values <= factor).mean()) for name, values in animals.items()}

@@ -29,7 +29,7 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 $(D)/truth.zarr/zarr.json: 00_simulate.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
 	$(PY) 00_simulate.py --preset $(PRESET) --root $(ROOT)
 
-$(D)/curated.zarr/zarr.json: 01_curate.py common.py $(D)/truth.zarr/zarr.json $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
+$(D)/curated.zarr/zarr.json: 01_curate.py quality.py paravision.py common.py $(D)/truth.zarr/zarr.json $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
 	$(PY) 01_curate.py --preset $(PRESET) --root $(ROOT)
 
 $(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.json | $(VENV)/.run
@@ -44,7 +44,8 @@ $(ROOT)/results/summary.json: 06_evaluate.py networks.py common.py $(ROOT)/runs/
 $(ROOT)/reports/results.html: notebooks/results.ipynb $(ROOT)/results/summary.json | $(VENV)/.run
 	mkdir -p $(ROOT)/reports
 	$(VENV)/bin/papermill --no-progress-bar -p root $(abspath $(ROOT)) $< $(@:.html=.ipynb)
-	$(VENV)/bin/jupyter nbconvert --log-level WARN --to html $(@:.html=.ipynb)
+	$(VENV)/bin/jupyter nbconvert --log-level ERROR --to html --no-input \
+		--HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= $(@:.html=.ipynb)
 
 report: $(ROOT)/reports/results.html
 	@echo "report: $<"

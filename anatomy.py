@@ -68,6 +68,7 @@ TISSUES: dict[str, tuple[float, float, float, float]] = {
 NAMES = list(TISSUES)
 ID = {name: number for number, name in enumerate(NAMES)}
 REGIONS = {"HT": (0.0, 0.2, 19.5), "TA": (0.0, -0.4, -15.0)}  # centre of the field of view in the animal, mm
+TILE = 8  # samples along the edge of a tile
 # Depths of neighbouring samples, in sixteenths of a sheet, so that oblique surfaces show no steps.
 BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
 LATTICE = 128  # cells of the periodic noise along each axis
@@ -156,6 +157,29 @@ LIMBS: list[Rows] = [
     [(6.6, -1.6, 11, 3.2), (8.4, -4.6, 5.6, 2.3), (8, -7.2, 10, 1.5), (7.5, -8, 13.2, 0.95), (7, -8.4, 17, 0.7)],
     [(4.8, 1.2, -36, 4.6), (9.2, -3.8, -30.8, 2.7), (9.3, -6, -35, 1.9), (9, -7.2, -39, 1.0)],
 ]  # fmt: skip
+
+
+def tile_grid(fov: float, samples: int, thickness: float, sheets: int) -> tuple[Array, Array]:
+    """Corners of the tiles of a slice, (tile, 8, 3) in mm along x, y and through it, and weights (8, point).
+
+    A tile is TILE x TILE samples and all sheets; the weights interpolate from its corners to its points.
+    """
+    count, step = -(-samples // TILE), fov / samples
+    y, x = np.meshgrid(*2 * [(np.arange(count) * TILE - samples // 2) * step], indexing="ij")
+    unit = np.array([(a, b, c) for c in (0, 1) for b in (0, 1) for a in (0, 1)], float)
+    first = np.stack([x, y, np.full_like(x, -thickness / 2)], axis=-1).reshape(-1, 1, 3)
+    sheet, row, column = np.meshgrid(np.arange(sheets), np.arange(TILE), np.arange(TILE), indexing="ij")
+    depth = (sheet + (BAYER[row % 4, column % 4] + 0.5) / 16) / sheets
+    at = np.stack([column / TILE, row / TILE, depth], axis=-1).reshape(1, -1, 3)
+    weights = np.where(unit[:, None] == 1, at, 1 - at).prod(axis=2).astype(np.float32)
+    return first + unit * [TILE * step, TILE * step, thickness], weights
+
+
+def untile(values: Array, samples: int) -> Array:
+    """Values (tile, sample of one sheet, ...) as an image (y, x, ...)."""
+    count, rest = -(-samples // TILE), values.shape[2:]
+    image = values.reshape(count, count, TILE, TILE, *rest).swapaxes(1, 2)
+    return image.reshape(count * TILE, count * TILE, *rest)[:samples, :samples]
 
 
 class Brick:
@@ -474,6 +498,7 @@ class Canvas:
         self.cell = self.cells(corners @ (mouse.turn / np.float32(CELL)))
         self.grain = self.cells(corners / np.array([0.07, 0.07, 0.5], np.float32))
         self.label = np.zeros(self.x.shape, np.uint8)
+        self.shade: dict[str, Array] = {}  # tissue: factor of its density
 
     def spread(self, at_corners: Array) -> Array:
         """Interpolate values (tile, 8) to the points."""
@@ -575,7 +600,8 @@ class Canvas:
         # Muscles run along the body; the fat between them is thinner than a sample, so it only brightens.
         sheets = [self.mouse.field(self.corners * np.array([1, 1, 0.3], np.float32), n, 5 + n) for n in (1, 2)]
         near = np.minimum(*(np.abs(self.spread(sheet)) for sheet in sheets))
-        self.fascia = 1 + np.float32(1.8) * np.exp(-((near / np.float32(0.055)) ** 2)) * (self.inner < -0.6)
+        fascia = 1 + np.float32(1.8) * np.exp(-((near / np.float32(0.055)) ** 2)) * (self.inner < -0.6)
+        self.shade = {"muscle": fascia, "skin": np.clip(self.depth / 0.12, 0, 1), "csf": np.ones_like(self.depth)}
         self.integument()
         self.chest_and_belly()
         self.head()
@@ -882,7 +908,7 @@ class Canvas:
             tiles,
             (depth > -0.42 - 0.6 * base, "bone"),
             ((depth > -0.3 - 0.6 * base) & (depth < -0.3) & (base > 0.2), "marrow"),
-            (depth > -0.13, "csf"),
+            (depth > -0.16, "csf"),
             (cerebrum, "grey_matter"),
             (cerebrum & (d > 1.1) & (d < 1.32) & dorsal, "white_matter"),
             (cerebrum & (d > 2.6) & (y < 0.2), "deep_grey"),
@@ -900,6 +926,7 @@ class Canvas:
             (bulb & (depth > 0.85), "white_matter"),
             (bulb & (mid < 0.12), "csf"),
         )
+        self.shade["csf"][tiles] = np.clip((depth + 0.16) / 0.12, 0, 1)  # its sheet under the skull has a soft edge
         angle = np.arctan2(y - 1.6, z - 22.6)
         radius = np.hypot(y - 1.6, z - 22.6) + 0.2 * mid
         small = back & (radius > 0.9) & (y > 1.75)
@@ -952,4 +979,6 @@ class Canvas:
         fibres = np.isin(self.label, [ID["muscle"], ID["tongue"], ID["myocardium"]])
         texture[fibres] = self.mouse.noise[self.grain[fibres]]
         density = np.maximum(1 + spread[self.label] * texture, np.float32(0.02))
-        return np.asarray(np.where(self.label == ID["muscle"], density * self.fascia, density))
+        for tissue, share in self.shade.items():
+            density = np.where(self.label == ID[tissue], density * share, density)
+        return np.asarray(density, np.float32)

@@ -20,17 +20,23 @@ MEASURES = (
     *("snr_low", "snr_high", "body_fraction", "ghost_low", "ghost_high", "spike_low", "spike_high"),
     *("correlation", "shift_y", "shift_x"),
 )
-COARSE = 0.06  # cycles per pixel of the low scan: structure so large that its signal is far above the noise
+COARSE = 0.15  # cycles per pixel of the low scan: structure so large that its signal is far above the noise
 RAYLEIGH = math.sqrt(2 * math.log(2))  # median of the magnitude of noise alone, in its standard deviations
+
+
+def resized(spectrum: Array, shape: tuple[int, ...]) -> Array:
+    """A spectrum (slice, ky, kx), frequency 0 first, cut or filled with zeros to another matrix (y, x)."""
+    result = np.zeros((len(spectrum), *shape), spectrum.dtype)
+    parts = [(o // 2, n // 2, min(o, n)) for o, n in zip(spectrum.shape[1:], shape, strict=True)]
+    old, new = ([slice(part[k] - part[2] // 2, part[k] - part[2] // 2 + part[2]) for part in parts] for k in (0, 1))
+    result[:, new[0], new[1]] = fft.fftshift(spectrum, axes=(1, 2))[:, old[0], old[1]]
+    return np.asarray(fft.ifftshift(result, axes=(1, 2)))
 
 
 def to_low_grid(high: Array, shape: tuple[int, ...]) -> Array:
     """High images (slice, y, x) as a scan of the low matrix (y, x) would have them: the centre of their k-space."""
-    ny, nx = shape
-    spectrum = fft.fftshift(fft.fft2(high), axes=(1, 2))
-    y, x = (high.shape[1] - ny) // 2, (high.shape[2] - nx) // 2
-    centre = fft.ifftshift(spectrum[:, y : y + ny, x : x + nx], axes=(1, 2))
-    return np.asarray(fft.ifft2(centre).real * (ny * nx / high[0].size), np.float32)
+    scale = math.prod(shape) / high[0].size
+    return np.asarray(fft.ifft2(resized(fft.fft2(high), shape)).real * scale, np.float32)
 
 
 def frequency(shape: tuple[int, ...]) -> Array:
@@ -38,20 +44,15 @@ def frequency(shape: tuple[int, ...]) -> Array:
     return np.asarray(np.hypot(fft.fftfreq(shape[0])[:, None], fft.fftfreq(shape[1])))
 
 
-def noise_power(spectrum: Array) -> float:
-    """Power of noise in a coefficient of a scan's spectra (slice, y, x), from the corners of k-space."""
-    corner = np.abs(spectrum[:, frequency(spectrum.shape[1:]) > 0.5]) ** 2
-    return float(np.median(corner)) / math.log(2)
-
-
 def noise_sigma(stack: Array, air: Array) -> float:
     """Standard deviation of a scan's noise: from its air (a mask), where Rayleigh's law holds, else from k-space."""
     if air.mean() > 0.01 and stack[air].any():
         return float(np.median(stack[air])) / RAYLEIGH or float(stack[air].mean())
-    return math.sqrt(noise_power(fft.fft2(stack)) / stack[0].size) or 1e-6 * float(stack.max())
+    corner = np.abs(fft.fft2(stack)[:, frequency(stack.shape[1:]) > 0.5]) ** 2
+    return math.sqrt(np.median(corner) / math.log(2) / stack[0].size) or 1e-6 * float(stack.max())
 
 
-def agreement(low: Array, high: Array, power: tuple[float, float]) -> tuple[Array, Array, Array]:
+def agreement(low: Array, high: Array, power: list[float]) -> tuple[Array, Array, Array]:
     """Signal to noise of both spectra (slice, k) and their correlation, freed from what noise takes from it."""
     count = low.shape[1]
     noise = [count * p for p in power]
@@ -62,21 +63,30 @@ def agreement(low: Array, high: Array, power: tuple[float, float]) -> tuple[Arra
     return snr[0], snr[1], np.sqrt(np.clip(1 - rest / signal[0], 0, 1))
 
 
-def spike_level(stack: Array) -> Array:
-    """Highest peak of each image's own k-space over what lies around it (slice,), away from the centre and axes."""
+def spike_level(stack: Array, other: Array) -> Array:
+    """Highest peak of each image's k-space (slice,) over its surroundings, and over the other scan's k-space there."""
     size = np.abs(fft.fft2(stack))
-    around = ndimage.median_filter(size, (1, 5, 5), mode="wrap")
-    peak = size / np.maximum(around, np.median(size, axis=(1, 2), keepdims=True) + 1e-30)
-    peak *= frequency(stack.shape[1:]) > 0.04
-    return np.asarray(peak[:, 1:, 1:].max(axis=(1, 2)))
+    usual = np.broadcast_to(np.median(size, axis=(1, 2), keepdims=True) + 1e-30, size.shape)
+    for shape in ((1, 5, 5), (1, 9, 1), (1, 1, 9)):  # edges of the field of view draw lines along the axes of k-space
+        usual = np.maximum(usual, ndimage.median_filter(size, shape, mode="wrap"))
+    expected = resized(np.abs(fft.fft2(other)), stack.shape[1:])
+    k = frequency(stack.shape[1:])
+    coarse = (k > 0) & (k < COARSE * min(1, other.shape[1] / stack.shape[1]))
+    power = [(f[:, coarse] ** 2).sum(axis=1)[:, None, None] for f in (size, expected)]
+    expected = ndimage.maximum_filter(
+        expected * np.sqrt(power[0] / np.maximum(power[1], 1e-6 * power[0] + 1e-30)), (1, 3, 3), mode="wrap"
+    )
+    peak = size / np.maximum(usual, expected)
+    return np.asarray(peak[:, k > 0].max(axis=1))
 
 
-def ghost_level(stack: Array, body: Array, air: Array, phase_axis: str, sigma: float) -> Array:
-    """Signal of the air in line with the body along the phase axis, above noise, per signal of the body (slice,)."""
+def ghost_level(stack: Array, air: Array, phase_axis: str, sigma: float) -> Array:
+    """Air in line with the body along the phase axis, in units of noise alone (slice,), so that 1 is clean."""
     line = air & (~air).any(axis=1 if phase_axis == "y" else 2, keepdims=True)
-    power = [float(np.mean(image[m] ** 2)) if m.sum() > 50 else 0.0 for image, m in zip(stack, line, strict=True)]
-    inside = [float(np.mean(image[m])) if m.any() else math.inf for image, m in zip(stack, body, strict=True)]
-    return np.sqrt(np.maximum(np.array(power) - 2 * sigma**2, 0)) / np.maximum(inside, sigma)
+    enough = line.mean(axis=(1, 2)) > 0.01
+    masks = np.where(enough[:, None, None], line, air)
+    found = [np.median(image[m]) if m.sum() > 50 else RAYLEIGH * sigma for image, m in zip(stack, masks, strict=True)]
+    return np.array(found) / (RAYLEIGH * sigma)
 
 
 def shifts(low: Array, high: Array, body: Array) -> Array:
@@ -99,56 +109,57 @@ def measure(low: Array, high: Array, phase_low: str, phase_high: str) -> dict[st
     ratio = np.array(high.shape[1:]) // low.shape[1:]
     coarse, body = to_low_grid(high, low.shape[1:]), body_mask(low)
     result: dict[str, Array] = {}
-    sigmas = {}
-    for name, stack, phase, zoom in (("low", low, phase_low, (1, 1)), ("high", high, phase_high, ratio)):
-        mask = body.repeat(zoom[0], 1).repeat(zoom[1], 2)
-        air = ~ndimage.binary_dilation(mask, np.ones((1, 3, 3)), iterations=max(stack.shape[1] // 40, 1))
-        sigmas[name] = noise_sigma(stack, air)
-        result[f"ghost_{name}"] = ghost_level(stack, mask, air, phase, sigmas[name])
-        result[f"spike_{name}"] = spike_level(stack)
-    local = [
-        ndimage.gaussian_filter(stack, (0, 1, 1)) / sigmas[name] for name, stack in (("low", low), ("high", coarse))
-    ]
-    shown = [np.sqrt(np.maximum(mean**2 - math.pi / 2, 0)) > 3 for mean in local]  # pi / 2: what noise alone gives
-    result["body_fraction"] = np.max([mask.mean(axis=(1, 2)) for mask in shown], axis=0)
-
-    # Magnitudes of noise alone vary with 0.43 of its variance; the coarse image of the high scan averages its noise.
-    pixels, spectra = low[0].size, [fft.fft2(low), fft.fft2(coarse)]
-    floors = (0.43 * pixels * sigmas["low"] ** 2, 0.43 * pixels * sigmas["high"] ** 2 / ratio.prod())
-    power = (
-        max(noise_power(spectra[0]), floors[0]),
-        max(noise_power(spectra[1]), floors[1]),
-    )  # k-space may be zero-filled
-    band = frequency(low.shape[1:]) < COARSE
-    band[0, 0] = False
-    snr_low, snr_high, correlation = agreement(spectra[0][:, band], spectra[1][:, band], power)
+    power, shown = [], []
+    for name, stack, other, phase in (("low", low, high, phase_low), ("high", high, low, phase_high)):
+        zoom, on_grid = (ratio, coarse) if name == "high" else (ratio // ratio, low)
+        air = ~ndimage.binary_dilation(body, np.ones((1, 3, 3)), iterations=max(low.shape[1] // 40, 1))
+        air = air.repeat(zoom[0], 1).repeat(zoom[1], 2)
+        sigma = noise_sigma(stack, air)
+        result[f"ghost_{name}"] = ghost_level(stack, air, phase, sigma)
+        result[f"spike_{name}"] = spike_level(stack, other)
+        # Power in a coefficient of k-space: magnitudes of noise alone (air) have 0.43 of its variance.
+        power.append(low[0].size * sigma**2 * (0.43 + 0.57 * body.mean()) / zoom.prod())
+        local = ndimage.gaussian_filter(on_grid, (0, 1, 1)) / sigma
+        shown.append((np.sqrt(np.maximum(local**2 - math.pi / 2, 0)) > 3).mean(axis=(1, 2)))  # pi / 2: noise alone
+    result["body_fraction"] = np.maximum(*shown)
+    band = (frequency(low.shape[1:]) > 0) & (frequency(low.shape[1:]) < COARSE)
+    spectra = [fft.fft2(stack)[:, band] for stack in (low, coarse)]
+    snr_low, snr_high, correlation = agreement(spectra[0], spectra[1], power)
     result |= {"snr_low": snr_low, "snr_high": snr_high, "correlation": correlation}
     result["shift_y"], result["shift_x"] = (shifts(low, coarse, body) * ratio).T
     return {name: [float(f"{value:.6g}") for value in result[name]] for name in MEASURES}
 
 
 def outliers(values: Array, good: Array, usual: float) -> Array:
-    """Robust standard deviations above the good slices of the scan; `usual` is a spread that means nothing."""
-    middle = np.median(values[good])
-    return np.asarray((values - middle) / max(1.4826 * np.median(np.abs(values[good] - middle)), usual))
+    """How far each slice (slice,) is above its neighbours among the good ones, in the scan's own robust spread.
+
+    Neighbours, because signal and motion change along the animal; `usual` is a spread that means nothing.
+    """
+    above = np.zeros(len(values))
+    for i, value in enumerate(values):
+        near = [k for k in range(max(i - 3, 0), min(i + 4, len(values))) if k != i and good[k]]
+        above[i] = value - np.median(values[near]) if near else 0
+    return np.asarray(above / max(1.4826 * np.median(np.abs(above[good])), usual))
 
 
 def scores(numbers: dict[str, list[float]]) -> dict[str, Array]:
-    """By reason, how far each slice (slice,) is off its scan's own, in robust standard deviations."""
+    """By reason, how far each slice (slice,) is off its neighbours, in robust standard deviations of its scan."""
     m = {name: np.array(values) for name, values in numbers.items()}
     size = np.log(m["body_fraction"] + 1e-4)
-    good = size > np.median(size) - 3  # slices that show next to nothing tell nothing of the others
+    good = m["body_fraction"] >= min(0.02, m["body_fraction"].max())  # the others tell nothing of the scan
     balance = np.log(m["snr_low"] / m["snr_high"])
     rules = {
-        "the two scans disagree": (np.log(1 - m["correlation"] ** 2 + 0.003), 0.15),
+        "the scans disagree": (np.log(1 - m["correlation"] ** 2 + 0.003), 0.2),
         "spike in low": (np.log(m["spike_low"] + 1e-3), 0.1),
         "spike in high": (np.log(m["spike_high"] + 1e-3), 0.1),
-        "signal lost in low": (-balance, 0.15),
-        "signal lost in high": (balance, 0.15),
+        "ghosts or noise in low": (np.log(m["ghost_low"] + 1e-3), 0.04),
+        "ghosts or noise in high": (np.log(m["ghost_high"] + 1e-3), 0.04),
+        "signal lost in low": (-balance, 0.2),
+        "signal lost in high": (balance, 0.2),
     }
-    shown = np.clip((size - math.log(0.01)) / math.log(2), 0, 1)  # what is made of noise is neither moved nor spiked
+    shown = np.clip((size - math.log(0.01)) / math.log(2), 0, 1)  # a slice of mere noise is neither moved nor spiked
     found = {reason: shown * outliers(values, good, usual) for reason, (values, usual) in rules.items()}
-    return found | {"hardly any body": 4 + (math.log(0.02) - size) / 0.2}
+    return found | {"hardly any body": 3 + (math.log(0.02) - size) / 0.2}
 
 
 def suggest(numbers: dict[str, list[float]], empty: dict[str, Array], threshold: float) -> tuple[list[str], list[str]]:

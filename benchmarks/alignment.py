@@ -160,18 +160,15 @@ def run(cfg: Config) -> dict[str, Any]:
     """Train and judge every arm that has no figures yet; print all."""
     path = cfg.root / "alignment" / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for arm in cfg.arms:
-        root = prepare(cfg, arm)
-        for flips in cfg.flips:
-            name = f"{arm}-{'flips' if flips else 'straight'}"
-            mark = fingerprint(
-                open_pairs(root).attributes["fingerprint"], cfg.training, cfg.epochs, cfg.minutes, cfg.seed
-            )
-            if results.get(name, {}).get("fingerprint") != mark:
-                folder = f"{'flips' if flips else 'straight'}-{mark}"
-                summary = train(cfg, root, folder, flips)
-                results[name] = {"fingerprint": mark, "epochs": summary["epochs"], "rows": evaluate(root, folder)}
-                write_json(path, results)
+    for flips, arm in itertools.product(cfg.flips, cfg.arms):
+        root, kind = prepare(cfg, arm), "flips" if flips else "straight"
+        pairs = open_pairs(root).attributes["fingerprint"]
+        mark = fingerprint(pairs, cfg.training, cfg.epochs, cfg.minutes, cfg.seed)
+        if results.get(f"{arm}-{kind}", {}).get("fingerprint") != mark:
+            summary = train(cfg, root, f"{kind}-{mark}", flips)
+            rows = evaluate(root, f"{kind}-{mark}")
+            results[f"{arm}-{kind}"] = {"fingerprint": mark, "epochs": summary["epochs"], "rows": rows}
+            write_json(path, results)
     print(f"{'arm':28}{'split':7}{'image':10}{'against':9}{'PSNR dB':>8}{'MSE':>9}{'bias':>7}")
     for name, result in results.items():
         for row in result["rows"]:

@@ -4,12 +4,15 @@ Reads the stores and runs/<unet> of --root. Every arm starts from that U-Net, ha
 `bank` in one thing; `none` is the U-Net trained on without a path. Arms are runs of stage 05 under runs/ablation/,
 figures are kept in results/apddm_ablation.csv and results/apddm_curve.csv: the same command goes on where it stopped.
 Scans are restored as they are and with 1.5 and 2 times their noise: complex noise is added and the magnitude taken,
-which is exact in law. MSE in the body, in units of the low slice's mean, mean over animals.
+which is exact in law. MSE in the body, in units of the low slice's mean, mean over animals. With --intervals: the share
+of body pixels whose calibrated interval holds the high image, and the truth, by tissue and by signal-to-noise ratio,
+and the rank correlation of the intervals' width with the error; kept in results/apddm_intervals.csv.
 
 Usage:
     python benchmarks/apddm_ablation.py --root experiment
     python benchmarks/apddm_ablation.py --root experiment --arms none bank beta_16 --seeds 0
     python benchmarks/apddm_ablation.py --root experiment --curve apddm
+    python benchmarks/apddm_ablation.py --root experiment --intervals apddm
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import anchored
 import networks
-from common import Array, InputError, main, normalisation, open_pairs, read_table, write_table
+from common import Array, InputError, main, normalisation, open_pairs, open_truth, read_table, write_table
 
 training, evaluation = map(importlib.import_module, ("05_apddm", "06_evaluate"))
 ARMS: dict[str, dict[str, Any]] = {
@@ -62,6 +67,12 @@ CURVE_COLUMNS = [
     "ratio_to_unet",
 ]
 
+INTERVAL_COLUMNS = ["run", "group", "name", "pixels", "half_width"]
+INTERVAL_COLUMNS += [
+    f"{what}_{reference}" for reference in ("high", "truth") for what in ("inside", "rank_correlation")
+]
+SNR_BINS = (0, 2, 5, 10, 20, 1000)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -85,6 +96,8 @@ class Config:
     """Test slices, spread evenly."""
     curve: str = ""
     """Run whose curve over steps and samples is measured, in place of the arms."""
+    intervals: str = ""
+    """Run whose intervals are judged, in place of the arms."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 20)
     """Of the curve."""
     samples: tuple[int, ...] = (1, 4, 16)
@@ -229,11 +242,57 @@ def run_curve(cfg: Config, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def run_intervals(cfg: Config, path: Path) -> list[dict[str, Any]]:
+    """Coverage of the intervals with the sampling that they were calibrated for."""
+    settings = open_pairs(cfg.root).attributes["settings"]
+    model = anchored.load_apddm(cfg.root / "runs" / cfg.intervals / "best.pt", settings)[0]
+    if not model.interval:
+        raise InputError(
+            f"--intervals: found {cfg.intervals!r} without intervals, expected a run with 2 or more samples"
+        )
+    parts: dict[str, list[Array]] = defaultdict(list)
+    for scan, indices in test_cases(cfg):
+        mean, deviation = sampled(model, *model.sampling.values())(*prepare(scan, settings, 1.0))
+        body, key = scan.body, "/".join(scan.attributes[name] for name in ("subject", "region", "plane"))
+        unit = np.broadcast_to(scan.unit[:, None, None], body.shape)[body]
+        parts["width"].append(model.interval["factor"] * deviation[body] / unit)
+        for name, volume in scan.references.items():
+            parts[name].append(abs(mean - volume)[body] / unit)
+        best = scan.references.get("truth", scan.references["high"])
+        parts["snr"].append(best[body] / scan.noise[0])
+        if "truth" in scan.references:
+            parts["tissue"].append(open_truth(cfg.root).read(key, "labels", 3, "uint8")[indices][body])
+        parts["animal"].append(np.full(body.sum(), scan.attributes["subject"]))
+    found = {name: np.concatenate(values) for name, values in parts.items()}
+    groups = {("all", "body"): np.ones(len(found["width"]), bool)}
+    groups |= {("animal", str(name)): found["animal"] == name for name in np.unique(found["animal"])}
+    groups |= {("snr", f"{a:g} to {b:g}"): (found["snr"] >= a) & (found["snr"] < b) for a, b in pairwise(SNR_BINS)}
+    if "tissue" in found:
+        names = open_truth(cfg.root).attributes["tissues"]
+        groups |= {("tissue", names[code]): found["tissue"] == code for code in np.unique(found["tissue"])}
+    rows = []
+    for (kind, name), chosen in groups.items():
+        if chosen.sum() >= 100:
+            width, row = found["width"][chosen], {"run": cfg.intervals, "group": kind, "name": name}
+            row |= {"pixels": int(chosen.sum()), "half_width": float(width.mean())}
+            for reference in ("high", "truth"):
+                error = found.get(reference, np.full_like(found["width"], np.nan))[chosen]
+                row[f"inside_{reference}"] = float((error <= width).mean())
+                row[f"rank_correlation_{reference}"] = float(stats.spearmanr(width, error).statistic)
+            rows.append(row)
+    write_table(path, INTERVAL_COLUMNS, rows)
+    return rows
+
+
 def run(cfg: Config) -> dict[str, Any]:
     """Measure, and print a table."""
     results = cfg.root / "results"
-    rows = run_curve(cfg, results / "apddm_curve.csv") if cfg.curve else run_arms(cfg, results / "apddm_ablation.csv")
-    columns = CURVE_COLUMNS if cfg.curve else ARM_COLUMNS
+    if cfg.intervals:
+        rows, columns = run_intervals(cfg, results / "apddm_intervals.csv"), INTERVAL_COLUMNS
+    elif cfg.curve:
+        rows, columns = run_curve(cfg, results / "apddm_curve.csv"), CURVE_COLUMNS
+    else:
+        rows, columns = run_arms(cfg, results / "apddm_ablation.csv"), ARM_COLUMNS
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
         print(

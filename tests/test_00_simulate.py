@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
 import importlib
-import os
 import re
 import resource
 import signal
@@ -365,6 +363,9 @@ def test_brick_slice_holds_the_right_share_of_water() -> None:
     full = alone * (1 - np.exp(-4000 / 1800))
     water = part.signal[0].sum(axis=(0, 1)) * (30 / cfg.samples) ** 2 / full
     assert water == pytest.approx(np.full(8, np.pi * (14.2**2 - 6 * 2.4**2)), rel=2e-3)
+    pure = dataclasses.replace(cfg, lego_medium="water")
+    other = simulate.brick_slice(pure, brick, np.eye(3), np.array([0, 0, 10.5 - 5.7])).signal[0].sum(axis=(0, 1))
+    assert other[7] / other[0] == pytest.approx(np.exp(-7 * cfg.echo_spacing_ms / 500), rel=1e-4)
 
 
 def labels_of(mouse: anatomy.Mouse, plane: str, origin: tuple[float, ...]) -> np.ndarray:
@@ -550,7 +551,10 @@ def test_finished_subjects_are_kept_and_lost_ones_scanned_again(tiny: Path, tmp_
     stamp = kept.stat().st_mtime_ns
     simulate.run(cfg)
     assert kept.stat().st_mtime_ns == stamp
+    (tmp_path / "data" / "raw" / ".mouse07.partial" / "1").mkdir(parents=True)  # of a killed run of more subjects
+    simulate.run(cfg)
     assert tree_digest(tmp_path) == tree_digest(tiny)
+    assert not (tmp_path / "data" / "raw" / ".mouse07.partial").exists()
     (tmp_path / "data" / "raw" / "mouse02" / "subject").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="mouse02: found a study that is not simulated"):
         simulate.run(cfg)
@@ -561,13 +565,12 @@ def test_killed_at_any_moment_the_next_run_gives_the_same_bytes(tiny: Path, tmp_
     log, raw, killed = tmp_path.with_suffix(".log"), tmp_path / "data" / "raw", 0
     for moment in (".mouse01.partial", "mouse01", ".mouse02.partial"):
         with log.open("w") as stream:
-            run = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True, cwd=REPO)
+            run = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=REPO)
             give_up = time.monotonic() + 60
             while not (raw / moment).exists() and run.poll() is None and time.monotonic() < give_up:
                 time.sleep(0.002)
             killed += run.poll() is None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)
+            run.kill()  # the parent alone: its workers must notice
             run.wait()
         if run.returncode == -signal.SIGKILL:
             assert not (tmp_path / "data" / "truth.zarr" / "zarr.json").exists()

@@ -427,6 +427,7 @@ def forked(cfg) -> int:
     return pid
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
 def test_worker_killed_at_random_moments_loses_nothing_and_counts_once(searched, root, monkeypatch):
     """Killed again and again, the search ends as the undisturbed one did."""
     undisturbed, _ = searched
@@ -632,6 +633,7 @@ def postgres():
         shutil.rmtree(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
 def test_study_on_a_postgresql_server_outlives_its_killed_worker(postgres, root, searched, monkeypatch):
     monkeypatch.setattr(studies, "UNSIGNED", 0.5)
     cfg = config(root, storage=postgres, trials=4)

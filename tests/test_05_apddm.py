@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -484,6 +485,11 @@ def test_training_restores_better_than_the_low_image_and_calibrates(root):
     assert np.square(mean - high).mean() < 0.6 * np.square(low - high).mean()
     assert (abs(mean - high) <= content["interval"]["factor"] * deviation).mean() == pytest.approx(0.9, abs=0.06)
     figures = np.load(folder / "figures.npz")
+    section = (
+        (Path(apddm.__file__).parent / "docs" / "DATA.md").read_text().split("`figures.npz` of 05")[1].split("##")[0]
+    )
+    named = [name for row in re.findall(r"^\| (`.*?) \|", section, flags=re.M) for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(figures.files)
     np.testing.assert_allclose(figures["variance_walked"], figures["variance"], rtol=0.05)
     np.testing.assert_allclose(figures["mse_end"], figures["beta"] ** 2, rtol=0.1)
     assert [row["epoch"] for row in common.read_table(folder / "history.csv", apddm.COLUMNS)] == ["1", "2", "3"]
