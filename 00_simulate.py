@@ -21,10 +21,9 @@ import datetime
 import functools
 import os
 import shutil
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,17 @@ import scipy.fft
 from numpy.random import SeedSequence, default_rng
 
 import anatomy
-from common import InputError, Progress, atomic_path, available_cores, fingerprint, finish_store, main, write_scan
+from common import (
+    InputError,
+    Progress,
+    atomic_path,
+    available_cores,
+    fingerprint,
+    finish_store,
+    follow_parent,
+    main,
+    write_scan,
+)
 from common import scan_attributes as attributes_of
 from paravision_writer import PLANES, Scan, session_of, study_mark, write_scan_folder, write_subject
 
@@ -374,18 +383,6 @@ def scan_pair(
             volumes[which][s] = gain[which] * reconstruct(kspace, samples)
     figures = {"noise_high": sigma[0] * gain[0], "noise_low": sigma[1] * gain[1], "drift_mm": drift}
     return volumes, {"truth": truth, "labels": labels, "spoiled": spoiled}, figures
-
-
-def follow_parent() -> None:
-    """End a worker whose parent was killed, so that it never writes beside the next run."""
-
-    def wait() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def simulate_subject(cfg: Config, name: str) -> list[str]:

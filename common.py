@@ -17,10 +17,11 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +141,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def follow_parent() -> None:
+    """End a worker whose parent was killed, so that it never writes beside the next run."""
+
+    def wait() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_parallel(
     function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], workers: int = 0
 ) -> Iterator[tuple[TaskT, ResultT]]:
@@ -161,7 +174,7 @@ def run_parallel(
         return
     waiting: dict[Any, TaskT] = {}
     queue = iter(tasks)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), follow_parent) as pool:
         try:
             while True:
                 for task in itertools.islice(queue, 2 * workers - len(waiting)):
@@ -186,9 +199,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        if (
-            partial.is_dir() and path.exists()
-        ):  # a folder cannot be replaced in one step: keep the old one until the end
+        if partial.is_dir() and path.exists():  # no folder is replaced in one step: keep the old one until the end
             old = path.with_name(f".{path.name}.old")
             _remove(old)
             path.rename(old)
