@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 D := $(ROOT)/data
 
-.PHONY: setup setup-dev demo report test lint bench clean
+.PHONY: setup setup-dev demo report tune apddm test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: report
@@ -49,6 +49,13 @@ $(ROOT)/reports/results.html: notebooks/results.ipynb $(ROOT)/results/summary.js
 
 report: $(ROOT)/reports/results.html
 	@echo "report: $<"
+
+# The search and the diffusion model take longer than the demo may: targets of their own, resumed by the same command.
+tune: $(D)/pairs.zarr/zarr.json
+	$(PY) 04_tune.py --preset $(PRESET) --root $(ROOT)
+
+apddm: $(ROOT)/runs/unet/summary.json
+	$(PY) 05_apddm.py --preset $(PRESET) --root $(ROOT)
 
 lint: setup-dev
 	$(VENV)/bin/ruff format --check .
