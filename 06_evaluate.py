@@ -68,6 +68,8 @@ class Config:
     """Non-local means: strengths to choose from on validation slices, in units of the low scan's noise."""
     tuning_slices: int = 12
     """Validation slices that choose the strength, spread over all scans."""
+    flips: bool = True
+    """Networks: mean over the four flips of a slice."""
     box: int = 10
     """Side of the boxes placed in the middle slice of a scan without drawn ones, pixels of the high grid."""
     draws: int = 2000
@@ -291,7 +293,7 @@ def restore(cfg: Config, settings: dict[str, str], nets: dict[str, Any], key: st
             y0, y1, x0, x1 = scan.attributes["box"]
             scale, offset = normalisation(images[:, y0:y1, x0:x1], chosen["normalise"])
             scale[scale == 0] = 1  # a dropped slice of zeros
-            images = networks.restore(nets[model], images, scale, offset)
+            images = networks.restore(nets[model], images, scale, offset, flips=cfg.flips)
         elif model == "high":
             images = scan.references["high"]
         elif model == "low":  # the report's zoom, half a pixel off
@@ -375,16 +377,13 @@ def run(cfg: Config) -> dict[str, Any]:
     drawn, nets = read_boxes(cfg), load_networks(cfg)
     strength, curve = tune(cfg)
     print(f"non-local means: strength {strength:g} of " + ", ".join(f"{s} (MSE {e:.4f})" for s, e in curve.items()))
-    digests = {model: sha256(cfg.root / "runs" / model / "best.pt") for model in nets}
+    digests = {model: sha256(cfg.root / "runs" / model / "best.pt") + f" flips {cfg.flips}" for model in nets}
     settings = dict.fromkeys(BASELINES, "") | {"nlm": f"{strength:g}"}
     every(functools.partial(restore, cfg, settings, {}), keys, "baselines", cfg.workers)
     every(functools.partial(restore, cfg, digests, nets), keys if nets else [], "networks", 1)
     for model, setting in (settings | digests).items():
-        attributes = {
-            "model": model,
-            "fingerprint": fingerprint(setting, keys),
-            "tuning": curve if model == "nlm" else {},
-        }
+        attributes: dict[str, Any] = {"model": model, "fingerprint": fingerprint(setting, keys)}
+        attributes["tuning"] = curve if model == "nlm" else {}
         finish_store(cfg.root / "results" / f"{model}.zarr", keys, attributes)
     found = every(functools.partial(judge, cfg, (*settings, *digests), drawn), keys, "figures", cfg.workers)
     rows = [row for key in keys for row in found[key][0]]

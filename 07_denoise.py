@@ -108,6 +108,8 @@ class Config:
     """Stop watching as soon as everything that is there is done."""
 
     # run
+    flips: bool = False
+    """U-Net: mean over the four flips of a slice, as stage 06 judges it; four times the network's time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: int = 0
@@ -192,7 +194,7 @@ def restore(image: Array, model: Model, cfg: Config) -> Restored:
         spread *= cfg.strength * (model.interval["factor"] if model.interval else 1)
         spread[blank] = 0
     else:
-        restored = networks.restore(model.net, given, scale, offset)
+        restored = networks.restore(model.net, given, scale, offset, flips=cfg.flips)
     restored[blank] = low[blank]
     if cfg.strength < 1:
         restored = low + np.float32(cfg.strength) * (restored - low)
@@ -273,7 +275,7 @@ def denoise(path: Path, model: Model, cfg: Config) -> dict[str, Any]:
     clock = [time.monotonic()]
     low, name, digest = formats.read_scan(path)
     settings: dict[str, Any] = {"model": model.stage, "checkpoint": model.digest[:12], "ratio": list(model.ratio)}
-    settings |= {"strength": cfg.strength, "consistency": cfg.consistency} | model.sampling
+    settings |= {"strength": cfg.strength, "consistency": cfg.consistency, "flips": cfg.flips} | model.sampling
     settings |= {"seed": cfg.seed} if model.sampling else {}
     settings |= {f"pairs: {key}": model.pairs[key] for key in ("align", "upsample", "normalise", "margin")}
     kinds = [kind for kind in OUTPUTS if kind == "restored" or getattr(cfg, kind)]

@@ -595,6 +595,7 @@ def restore(
     batch: int = 8,
     device: torch.device | None = None,
     precision: str = "auto",
+    flips: bool = False,
 ) -> Float[np.ndarray, "slice y x"]:
     """Restore a scan of any size, `batch` slices at a time.
 
@@ -612,6 +613,8 @@ def restore(
         The network's own by default.
     precision : str
         auto, bf16 or float32.
+    flips : bool
+        Mean over the four flips of the slice, which the network saw in training: four times the work.
 
     Returns
     -------
@@ -629,6 +632,8 @@ def restore(
         factor, shift = scale[part, None, None], offset[part, None, None]
         image = torch.from_numpy(np.pad((low[part] - shift) / factor, margin, mode="reflect")).to(device)
         with torch.inference_mode(), autocast(device, pick_dtype(precision, device)):
-            output = net(image[:, None].contiguous(memory_format=torch.channels_last))
-        restored[part] = output[:, 0, :height, :width].float().cpu().numpy() * factor + shift
+            axes: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3)) if flips else ((),)
+            given = image[:, None].contiguous(memory_format=torch.channels_last)
+            output = torch.stack([net(given.flip(way)).float().flip(way) for way in axes]).mean(dim=0)
+        restored[part] = output[:, 0, :height, :width].cpu().numpy() * factor + shift
     return restored

@@ -540,7 +540,7 @@ def test_network_images_are_the_networks_own(evaluated):
         pairs.read(key, "scale"),
         low[2, slice(*pairs.attrs(key)["box"][:2]), slice(*pairs.attrs(key)["box"][2:])].mean(),
     ]
-    wanted = networks.restore(net, low, scale.astype(np.float32), np.zeros(3, np.float32))
+    wanted = networks.restore(net, low, scale.astype(np.float32), np.zeros(3, np.float32), flips=True)
     assert np.allclose(images(evaluated, "unet", key), wanted, rtol=1e-3, atol=1e-2 * low.max())
 
 

@@ -372,3 +372,20 @@ def test_devices_and_precisions():
     able = torch.cpu.get_capabilities()
     expected = torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
     assert networks.pick_dtype("auto", torch.device("cpu")) == expected
+
+
+def test_mean_over_flips_commutes_with_a_flip():
+    """What distinguishes it: a plain network answers a flipped image otherwise, its mean over the flips does not."""
+    torch.manual_seed(3)
+    net = networks.UNet(config(residual=False))
+    low = np.random.default_rng(0).random((2, 32, 24), np.float32)
+    one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
+    answers = {
+        flips: [
+            networks.restore(net, image, one, zero, precision="float32", flips=flips)
+            for image in (low, np.ascontiguousarray(low[:, ::-1]))
+        ]
+        for flips in (False, True)
+    }
+    assert np.allclose(answers[True][0], answers[True][1][:, ::-1], atol=1e-5)
+    assert not np.allclose(answers[False][0], answers[False][1][:, ::-1], atol=1e-3)
