@@ -7,7 +7,6 @@ built, with its corrections of the report, are in docs/APDDM.md.
 Usage:
     python 05_apddm.py --preset demo
     python 05_apddm.py --preset last --beta 4
-    python 05_apddm.py --run apddm_halfsine --schedule halfsine --steps 8 --samples 4
 """
 
 from __future__ import annotations
@@ -46,14 +45,12 @@ if TYPE_CHECKING:
 
     import anchored
     import networks
-else:
-    torch, networks, anchored = map(lazy.load, ("torch", "networks", "anchored"))
+else:  # torch is imported where it computes: tyro would load a lazy torch at once
+    networks, anchored = map(lazy.load, ("networks", "anchored"))
 
-STAGE = 5
-BANK = 64  # residual slices kept in the checkpoint for sampling; training draws from all
+STAGE, BANK = 5, 64  # BANK: residual slices kept in the checkpoint for sampling; training draws from all
 COLUMNS = ["epoch", "train", "validation", "validation_mse", "lr", "seconds", "images_per_second"]
-# What may differ between the runs of one training: where it is computed and how long it may last.
-FREE = ("root", "run", "fresh", "device", "threads")
+FREE = ("root", "run", "fresh", "device", "threads")  # what may differ between the runs of one training
 
 
 @dataclass(frozen=True)
@@ -185,6 +182,8 @@ def validate(
     model: anchored.APDDM, noise: anchored.Noise, pairs: networks.PairSet, cfg: Config, dtype: torch.dtype
 ) -> dict[str, float]:
     """Mean over the slices of the training's loss, t spread evenly, and of the MSE of one step from the low image."""
+    import torch
+
     sums = np.zeros(2)
     for start in range(0, len(pairs), cfg.batch):
         items = range(start, min(start + cfg.batch, len(pairs)))
@@ -275,6 +274,8 @@ def calibrate(cfg: Config, model: anchored.APDDM) -> dict[str, Any]:
 
 def run(cfg: Config) -> dict[str, Any]:
     """Train, calibrate the intervals, draw the figures' numbers, and give the best epoch's figures."""
+    import torch
+
     check(cfg)
     store = open_pairs(cfg.root)
     device = networks.pick_device(cfg.device)
