@@ -57,7 +57,7 @@ class Config:
     """Random flips in training: on, off, or one arm of each."""
     training: str = "demo"
     """Preset of stage 03: network, patch, optimiser."""
-    epochs: int = 0
+    epochs: int = 4
     """Epochs of every arm; 0 = the preset's."""
     minutes: float = 0.0
     """Largest training time of every arm in minutes; 0 = none. Epochs compare arms better on a busy machine."""
@@ -67,7 +67,7 @@ class Config:
     """Of training and of the split."""
 
 
-PRESETS = {"demo": Config(), "smoke": Config(training="smoke", arms=("none-nearest", "centres-fourier"))}
+PRESETS = {"demo": Config(), "smoke": Config(training="smoke", epochs=0, arms=("none-nearest", "centres-fourier"))}
 
 
 def prepare(cfg: Config, arm: str) -> Path:
