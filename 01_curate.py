@@ -39,7 +39,7 @@ from common import (
     write_scan,
     write_table,
 )
-from paravision import Scan, find_scans, index_scan, number, read_paravision
+from paravision import Scan, index_scan, number, read_paravision, scan_folders
 from quality import MEASURES, measure, suggest
 
 VERSION = 1  # raised when the import or a quality measure changes, so that every scan is done again
@@ -138,7 +138,7 @@ def read_cohort(path: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 def index(raw: Path, cohort: Path, workers: int) -> list[Entry]:
     """Every scan below raw, with what a person changed in the cohort."""
-    scans = find_scans(raw)
+    scans = scan_folders(raw)
     results = dict(run_parallel(index_scan, scans, workers if len(scans) > 100 else 1))
     if not any(found for _, found, _ in results.values()):
         why = "".join(f", the first: {reason}" for _, _, reason in list(results.values())[:1])

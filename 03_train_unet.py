@@ -204,12 +204,9 @@ def learning_rate(cfg: Config, progress: float, validation: Sequence[float]) -> 
 
 def reason_to_stop(cfg: Config, history: Sequence[dict[str, Any]]) -> str:
     """Why no further epoch is due, or nothing."""
-    losses = [row["validation"] for row in history]
     seconds = sum(row["seconds"] for row in history)
-    if len(history) >= cfg.epochs:
-        return f"all {cfg.epochs} epochs done"
-    if len(history) >= cfg.min_epochs and len(history) - 1 - int(np.argmin(losses)) >= cfg.patience:
-        return f"no improvement for {cfg.patience} epochs"
+    if reason := networks.reason_to_stop(history, cfg.epochs, cfg.min_epochs, cfg.patience):
+        return reason
     if cfg.max_minutes and history and seconds + history[-1]["seconds"] > 60 * cfg.max_minutes:
         return f"{cfg.max_minutes:g} minutes are over"
     return ""
@@ -260,25 +257,6 @@ def check(cfg: Config) -> None:
         raise InputError(f"ema: found {cfg.ema}, expected 0 or more and less than 1")
 
 
-def previous(cfg: Config, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The last checkpoint of a run of the same settings and data; None if the run starts."""
-    if cfg.fresh or not (cfg.folder / "last.pt").exists():
-        return None
-    content = networks.load_checkpoint(cfg.folder / "last.pt")
-    old, new = (
-        {name: value for name, value in part["config"].items() if name not in FREE}
-        | {f"pairs {name}": value for name, value in part["data"]["settings"].items()}
-        | {"pairs fingerprint": part["data"]["fingerprint"]}
-        for part in (content, state)
-    )
-    hint = "name another --run or start over with --fresh"
-    if text := networks.differences(old, new):
-        raise InputError(f"{cfg.folder}: other settings or data found ({text}), expected the same; {hint}")
-    if not (cfg.folder / "best.pt").exists():
-        raise InputError(f"{cfg.folder / 'best.pt'}: no such file beside last.pt; {hint}")
-    return content
-
-
 @contextlib.contextmanager
 def memory_errors(cfg: Config) -> Iterator[None]:
     """Turn a failed allocation into one line."""
@@ -311,7 +289,7 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
     data = {name: store.attributes.get(name) for name in ("fingerprint", "settings", "splits")}
     data |= {"range": training_range(store)}
     state: dict[str, Any] = {"stage": "unet", "config": settings, "network": networks.plain(network), "data": data}
-    content = previous(cfg, state)
+    content = None if cfg.fresh else networks.previous_run(cfg.folder, state, FREE)
 
     net = networks.UNet(network, networks.seeded(cfg.seed, STAGE, 0)).to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -367,11 +345,7 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
 
         history.append(row)
         state |= {"weights": judged.state_dict(), "history": history}
-        if row["validation"] <= min(losses, default=math.inf):
-            networks.save_checkpoint(cfg.folder / "best.pt", state)
-        training = {"weights": net.state_dict(), "optimiser": optimiser.state_dict()}
-        generators = {"entropy": [cfg.seed, STAGE, epoch + 1]}
-        networks.save_checkpoint(cfg.folder / "last.pt", state | {"training": training, "generators": generators})
+        networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, epoch + 1])
         write_table(cfg.folder / "history.csv", COLUMNS, history)
         left = sum(past["seconds"] for past in history) / epoch * (cfg.epochs - epoch) / 60
         print(

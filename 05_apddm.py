@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -200,16 +199,6 @@ def validate(
     return dict(zip(COLUMNS[2:4], (sums / len(pairs)).tolist(), strict=True))
 
 
-def reason_to_stop(cfg: Config, history: Sequence[dict[str, Any]]) -> str:
-    """Why no further epoch is due, or nothing."""
-    losses = [row["validation"] for row in history]
-    if len(history) >= cfg.epochs:
-        return f"all {cfg.epochs} epochs done"
-    if len(history) >= cfg.min_epochs and len(history) - 1 - int(np.argmin(losses)) >= cfg.patience:
-        return f"no improvement for {cfg.patience} epochs"
-    return ""
-
-
 def check(cfg: Config) -> None:
     """Refuse settings that cannot be trained with."""
     positive = ["batch", "epochs", "lr", "calibration_slices", "samples", "length"]
@@ -222,26 +211,6 @@ def check(cfg: Config) -> None:
     if not (0 <= cfg.ema < 1 and 0 < cfg.coverage < 1 and 0 <= cfg.end_share <= 1):
         found = f"ema {cfg.ema}, coverage {cfg.coverage}, end_share {cfg.end_share}"
         raise InputError(f"{found} found, expected shares: 0 to 1, ema and coverage less than 1")
-
-
-def previous(cfg: Config, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The last checkpoint of a run of the same settings and data; None if the run starts."""
-    if cfg.fresh or not (cfg.folder / "last.pt").exists():
-        return None
-    content = networks.load_checkpoint(cfg.folder / "last.pt")
-    old, new = (
-        {name: value for name, value in part["config"].items() if name not in FREE}
-        | {f"pairs {name}": value for name, value in part["data"]["settings"].items()}
-        | {"pairs fingerprint": part["data"]["fingerprint"], "first weights": part["data"]["init"]}
-        | {"noise schedule": part["path"]["weights"].tolist()}
-        for part in (content, state)
-    )
-    hint = "name another --run or start over with --fresh"
-    if text := networks.differences(old, new):
-        raise InputError(f"{cfg.folder}: other settings or data found ({text}), expected the same; {hint}")
-    if not (cfg.folder / "best.pt").exists():
-        raise InputError(f"{cfg.folder / 'best.pt'}: no such file beside last.pt; {hint}")
-    return content
 
 
 # ---------------------------------------------------------------- intervals
@@ -309,7 +278,7 @@ def run(cfg: Config) -> dict[str, Any]:
     noise = anchored.NoiseBank(residuals, cfg.rotations) if cfg.noise == "bank" else anchored.gaussian
     print(f"beta {beta:.4f} = {beta / critical:.3g} beta_crit, RMS(R) {stats['rms']:.4f}", flush=True)
 
-    content = previous(cfg, state)
+    content = None if cfg.fresh else networks.previous_run(cfg.folder, state, FREE)
     net = model.net.to(device)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.0)
@@ -326,7 +295,7 @@ def run(cfg: Config) -> dict[str, Any]:
 
     draws, chain = cfg.steps_per_epoch * cfg.batch or len(train), cfg.draws == "chain"
     steps = math.ceil(draws / cfg.batch)
-    while not (reason := reason_to_stop(cfg, history)):
+    while not (reason := networks.reason_to_stop(history, cfg.epochs, cfg.min_epochs, cfg.patience)):
         epoch, start = len(history) + 1, time.monotonic()
         # Each epoch has its own generator: a run that goes on draws what an undisturbed one draws.
         generator = networks.seeded(cfg.seed, STAGE, 3, epoch)
@@ -361,11 +330,7 @@ def run(cfg: Config) -> dict[str, Any]:
 
         history.append(row)
         state |= {"weights": judged.net.state_dict(), "history": history}
-        if row["validation"] <= min(past["validation"] for past in history):
-            networks.save_checkpoint(cfg.folder / "best.pt", state)
-        training = {"weights": net.state_dict(), "optimiser": optimiser.state_dict()}
-        generators = {"entropy": [cfg.seed, STAGE, 3, epoch + 1]}
-        networks.save_checkpoint(cfg.folder / "last.pt", state | {"training": training, "generators": generators})
+        networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, 3, epoch + 1])
         write_table(cfg.folder / "history.csv", COLUMNS, history)
         print(
             f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "

@@ -35,7 +35,7 @@ $(D)/curated.zarr/zarr.json: 01_curate.py quality.py paravision.py common.py $(D
 $(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.json | $(VENV)/.run
 	$(PY) 02_preprocess.py --preset $(PRESET) --root $(ROOT)
 
-$(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
+$(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py likeness.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
 	$(PY) 03_train_unet.py --preset $(PRESET) --root $(ROOT)
 
 $(ROOT)/results/summary.json: 06_evaluate.py networks.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
@@ -65,8 +65,12 @@ lint: setup-dev
 test: setup-dev
 	$(PY) -m pytest
 
-bench: setup
-	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+# Each goes on where it was stopped; the ablations train on the experiment in ROOT and take long.
+bench: $(ROOT)/runs/unet/summary.json
+	$(PY) benchmarks/train_step.py
+	$(PY) benchmarks/kill_resume.py
+	$(PY) benchmarks/alignment.py --root $(ROOT)
+	$(PY) benchmarks/apddm_ablation.py --root $(ROOT)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -13,8 +13,8 @@ from typing import Any
 import lazy_loader as lazy
 import numpy as np
 
-from common import Array, InputError, atomic_path, fingerprint, sha256
-from paravision import Scan, read_paravision
+from common import Array, InputError, atomic_path, fingerprint, safe_name, sha256
+from paravision import Scan, read_paravision, recos_of, scan_folders
 
 nibabel: Any = lazy.load("nibabel")
 pydicom: Any = lazy.load("pydicom")
@@ -23,11 +23,6 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes from NIfTI's, and back
 GROUPS = {"ImagePositionPatient": "PlanePosition", "ImageOrientationPatient": "PlaneOrientation"}
 GROUPS |= dict.fromkeys(("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"), "PixelMeasures")
 GROUPS |= dict.fromkeys(("RescaleSlope", "RescaleIntercept"), "PixelValueTransformation")
-
-
-def safe_name(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "unnamed"
 
 
 def public_id(subject: str, names: Iterable[str]) -> str:
@@ -44,16 +39,6 @@ def as_scan(image: Array, affine: Array, parameters: dict[str, Any]) -> Scan:
     return Scan(np.ascontiguousarray(image, np.float32), affine, (z, y, x), parameters)
 
 
-def natural(path: Path) -> list[Any]:
-    """Key that sorts 2 before 10."""
-    return [(len(part) if part.isdecimal() else 0, part) for part in path.parts]
-
-
-def scan_folders(folder: Path) -> list[Path]:
-    """Scans of ParaVision in a folder or below it."""
-    return sorted({path.parent for path in folder.rglob("pdata") if path.is_dir()}, key=natural)
-
-
 def lowest_reco(scan: Path, matrices: Sequence[Sequence[int]] = ()) -> Path:
     """The 2dseq of the lowest reconstruction of a scan that `read_paravision` accepts.
 
@@ -63,7 +48,7 @@ def lowest_reco(scan: Path, matrices: Sequence[Sequence[int]] = ()) -> Path:
         If there is none, or its matrix (y, x) is not among `matrices`; none given: any will do.
     """
     reasons = []
-    for reco in sorted((path for path in (scan / "pdata").iterdir() if path.is_dir()), key=natural):
+    for reco in recos_of(scan):
         try:
             _, ny, nx = read_paravision(reco / "2dseq", pixels=False).image.shape
         except InputError as error:

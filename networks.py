@@ -535,6 +535,64 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "versions": versions()} | content, partial)
 
 
+def reason_to_stop(history: Sequence[dict[str, Any]], epochs: int, min_epochs: int, patience: int) -> str:
+    """Why no further epoch is due (report 4.2.2), or nothing; rows of `history` hold the loss `validation`."""
+    if len(history) >= epochs:
+        return f"all {epochs} epochs done"
+    since = len(history) - 1 - int(np.argmin([row["validation"] for row in history])) if history else 0
+    return f"no improvement for {patience} epochs" if len(history) >= min_epochs and since >= patience else ""
+
+
+def save_epoch(
+    folder: Path, state: dict[str, Any], net: nn.Module, optimiser: torch.optim.Optimizer, entropy: Sequence[int]
+) -> None:
+    """Save an epoch as last.pt, from which the run goes on, and as best.pt if no earlier one was better.
+
+    `state` is the checkpoint for use, its last row of `history` the epoch's; `entropy` seeds the next epoch.
+    """
+    losses = [row["validation"] for row in state["history"]]
+    if losses[-1] <= min(losses):
+        save_checkpoint(folder / "best.pt", state)
+    training = {"weights": net.state_dict(), "optimiser": optimiser.state_dict()}
+    more = {"training": training, "generators": {"entropy": list(entropy)}}
+    save_checkpoint(folder / "last.pt", state | more)
+
+
+def previous_run(folder: Path, state: dict[str, Any], free: Sequence[str]) -> dict[str, Any] | None:
+    """The last checkpoint in a run's folder, for a run of the same settings and data; None if there is none.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the run.
+    state : dict
+        What the run would save: ``config``, ``data`` (with the settings of the pairs) and, for a path, ``path``.
+    free : sequence of str
+        Names of the config that may differ between the runs of one training.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is of other settings or data, with the differences, or has no best.pt beside it.
+    """
+    if not (folder / "last.pt").exists():
+        return None
+    content = load_checkpoint(folder / "last.pt")
+    old, new = (
+        {name: value for name, value in part["config"].items() if name not in free}
+        | {f"pairs {name}": value for name, value in part["data"]["settings"].items()}
+        | {"pairs fingerprint": part["data"]["fingerprint"], "first weights": part["data"].get("init", "")}
+        | ({"noise schedule": part["path"]["weights"].tolist()} if "path" in part else {})
+        for part in (content, state)
+    )
+    hint = "name another --run or start over with --fresh"
+    if text := differences(old, new):
+        raise InputError(f"{folder}: other settings or data found ({text}), expected the same; {hint}")
+    if not (folder / "best.pt").exists():
+        raise InputError(f"{folder / 'best.pt'}: no such file beside last.pt; {hint}")
+    return content
+
+
 def load_checkpoint(path: Path, data_settings: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in it is executed.
 

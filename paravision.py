@@ -110,7 +110,7 @@ def number(name: str) -> float:
     return float(name) if name.isdecimal() else math.inf
 
 
-def find_scans(raw: Path) -> list[Path]:
+def scan_folders(raw: Path) -> list[Path]:
     """Every folder below raw that holds pdata, sorted by study and scan number; links are followed once."""
     if not raw.is_dir():
         raise InputError(f"{raw}: no such folder, expected ParaVision studies")
@@ -125,10 +125,14 @@ def find_scans(raw: Path) -> list[Path]:
     return sorted(scans, key=lambda scan: (scan.parent, number(scan.name), scan.name))
 
 
+def recos_of(scan: Path) -> list[Path]:
+    """Folders of a scan's reconstructions, the lowest first."""
+    return sorted((path for path in (scan / "pdata").iterdir() if path.is_dir()), key=lambda p: (number(p.name), p))
+
+
 def index_scan(scan: Path) -> tuple[str, dict[str, Any], str]:
     """Number and parameters of the lowest reconstruction that counts; or why the lowest does not."""
-    recos = sorted((path for path in (scan / "pdata").iterdir() if path.is_dir()), key=lambda p: (number(p.name), p))
-    reasons = []
+    recos, reasons = recos_of(scan), []
     for reco in recos:
         try:
             return reco.name, read_paravision(reco / "2dseq", pixels=False).parameters, ""

@@ -347,7 +347,7 @@ def test_zoom_of_the_report_is_given_to_the_network_but_the_low_image_stays_alig
     y0, y1, x0, x1 = common.crop_box(common.body_mask(zoomed), 8)
     mean = zoomed[:, y0:y1, x0:x1].mean(axis=(1, 2))
     net, _ = networks.load_unet(tmp_path / "none.pt")
-    wanted = networks.restore(net, zoomed, mean, 0 * mean)
+    wanted = networks.restore(net, zoomed, mean, 0 * mean, flips=True)
     assert np.allclose(image, wanted, atol=1e-2 * wanted.max())
     assert not np.allclose(image[:, 1:], wanted[:, :-1], atol=1e-2 * wanted.max())
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import InputError
-from paravision import find_scans, index_scan, read_paravision
+from paravision import index_scan, read_paravision, scan_folders
 
 BRUKER = Path(__file__).resolve().parent.parent.parent / "shared" / "bruker"
 HEADER = "##TITLE=Parameter List\n##JCAMPDX=4.24\n##DATATYPE=Parameter Values\n##ORIGIN=Bruker\n##OWNER=x\n"
@@ -419,11 +419,11 @@ def test_scans_are_found_at_any_depth_and_links_are_followed_once(tmp_path, stor
     (raw / "b" / "notes").mkdir()
     (raw / "again").symlink_to(raw / "b", target_is_directory=True)
     (raw / "b" / "loop").symlink_to(raw, target_is_directory=True)
-    found = [str(path.relative_to(raw)) for path in find_scans(raw)]
+    found = [str(path.relative_to(raw)) for path in scan_folders(raw)]
     assert sorted(Path(path).name for path in found) == ["1", "10", "9"]
     assert found[-2:] in (["b/study/9", "b/study/10"], ["again/study/9", "again/study/10"])
     with pytest.raises(InputError, match="no such folder"):
-        find_scans(tmp_path / "nothing")
+        scan_folders(tmp_path / "nothing")
 
 
 def test_lowest_reconstruction_that_counts(tmp_path, stored):
