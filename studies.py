@@ -43,6 +43,10 @@ class Postponed(Exception):
     """The worker's time is over: the trial goes back into the queue."""
 
 
+class _TimeIsUp(BaseException):
+    """Interrupts whatever runs; no `except Exception` on its way (those of type checkers, say) may catch it."""
+
+
 # ---------------------------------------------------------------- storage
 
 
@@ -492,7 +496,7 @@ def time_limit(seconds: float, text: str) -> Iterator[Callable[[], contextlib.Ab
         nonlocal late
         late = True
         if not shielded:
-            raise optuna.TrialPruned(text)
+            raise _TimeIsUp
 
     @contextlib.contextmanager
     def shield() -> Iterator[None]:
@@ -503,7 +507,7 @@ def time_limit(seconds: float, text: str) -> Iterator[Callable[[], contextlib.Ab
         finally:
             shielded = False
         if late:
-            raise optuna.TrialPruned(text)
+            raise _TimeIsUp
 
     if math.isinf(seconds):
         yield contextlib.nullcontext
@@ -512,6 +516,8 @@ def time_limit(seconds: float, text: str) -> Iterator[Callable[[], contextlib.Ab
     try:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
         yield shield
+    except _TimeIsUp:
+        raise optuna.TrialPruned(text) from None
     finally:
         shielded = True
         signal.setitimer(signal.ITIMER_REAL, 0)

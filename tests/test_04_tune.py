@@ -338,6 +338,17 @@ def test_notebook_shows_what_the_files_hold(searched, monkeypatch):
 # ---------------------------------------------------------------- limits
 
 
+def test_time_limit_passes_through_code_that_catches_every_exception():
+    end = time.monotonic() + 5
+    with pytest.raises(optuna.TrialPruned, match="late"), studies.time_limit(0.05, "late"):
+        while time.monotonic() < end:
+            try:
+                time.sleep(1)
+            except Exception:
+                continue
+    assert time.monotonic() < end
+
+
 def test_trial_over_its_time_is_pruned_in_the_midst_of_an_epoch(root):
     cfg = config(root, trials=3, trial_minutes=0.01, training={"steps_per_epoch": 10_000})
     with pytest.raises(InputError, match=r"no trial came to its end \(time limit \(3\)\)"):
