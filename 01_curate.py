@@ -70,7 +70,7 @@ class Config:
     """Largest difference of slice centres, field of view, thickness and distance within a pair, mm."""
     tolerance_degrees: float = 0.5
     """Largest angle between the image axes of a pair, degrees."""
-    threshold: float = 3.0
+    threshold: float = 2.5
     """Robust standard deviations off its neighbours from which a slice is suggested for dropping."""
     workers: int = 0
     """Processes; 0 takes every core."""

@@ -444,6 +444,7 @@ def test_worker_killed_at_random_moments_loses_nothing_and_counts_once(searched,
     undisturbed, _ = searched
     cfg, path = config(root), root / "runs" / "tune" / "journal.log"
     monkeypatch.setattr(studies, "UNSIGNED", 0.5)
+    monkeypatch.setattr(studies, "RETRIES", 10)  # all ten kills may hit one trial before its first epoch ends
     rng = np.random.default_rng(np.random.SeedSequence([4, 1]))
     killed = 0
     for records in np.cumsum(rng.integers(1, 25, 10)):
