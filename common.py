@@ -89,8 +89,10 @@ def parse_config(presets: dict[str, ConfigT], args: Sequence[str] | None = None)
 
 def main(run: Callable[[ConfigT], dict[str, Any]], presets: dict[str, ConfigT]) -> None:
     """Parse the command line, print the config, run the stage; bad input ends in one line and exit status 2."""
+    place: Any = "output"
     try:
         config = parse_config(presets)
+        place = getattr(config, "root", place)
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
         print(" | ".join(f"{name} {value}" for name, value in fields.items()), flush=True)
         run(config)
@@ -98,10 +100,10 @@ def main(run: Callable[[ConfigT], dict[str, Any]], presets: dict[str, ConfigT]) 
         sys.exit(_complain(str(error)))
     except OSError as error:
         known = {errno.ENOSPC: "no space left on the disk", errno.EROFS: "read-only file system"}
-        known |= {errno.EACCES: "permission denied", errno.EDQUOT: "disk quota exceeded"}
+        known |= {errno.EACCES: "permission denied", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
         if error.errno not in known:
             raise
-        sys.exit(_complain(f"{error.filename or 'output'}: {known[error.errno]}, expected a writable place"))
+        sys.exit(_complain(f"{error.filename or place}: {known[error.errno]}, expected a writable place"))
     except KeyboardInterrupt:
         sys.exit(130)
 

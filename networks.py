@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import math
 import pickle
 import platform
@@ -531,8 +532,10 @@ def versions() -> dict[str, str]:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain data beside `path`, then rename, with the format and the versions added."""
+    packed = io.BytesIO()  # torch's own writer turns a full disk into a RuntimeError that names no file
+    torch.save({"format": FORMAT, "versions": versions()} | content, packed)
     with atomic_path(path) as partial:
-        torch.save({"format": FORMAT, "versions": versions()} | content, partial)
+        partial.write_bytes(packed.getbuffer())
 
 
 def reason_to_stop(history: Sequence[dict[str, Any]], epochs: int, min_epochs: int, patience: int) -> str:

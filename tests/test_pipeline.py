@@ -6,6 +6,9 @@ import csv
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,31 @@ def test_results_are_on_the_full_field_of_the_high_scan(smoke):
         for key in restored.attrs["scans"]:
             assert restored[key]["restored"].shape == curated[key]["high"].shape
             assert restored[key]["restored"].dtype == "float32"
+
+
+OUTPUTS = {
+    "00_simulate": ["data"],
+    "01_curate": ["data/curated.zarr", "data/slices.csv"],
+    "02_preprocess": ["data/pairs.zarr"],
+    "03_train_unet": ["runs"],
+    "06_evaluate": ["results"],
+}
+
+
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_disk_that_takes_no_more_is_one_line_and_leaves_nothing_half_written(smoke, tmp_path, stage):
+    """A limit on the size of files stands for the full disk, which only root could make."""
+    for part in ("data", "runs", "results"):
+        shutil.copytree(smoke / part, tmp_path / part)
+    for place in OUTPUTS[stage]:
+        path = tmp_path / place
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    command = [sys.executable, f"{stage}.py", "--preset", "smoke", "--root", str(tmp_path)]
+    limited = ["sh", "-c", 'ulimit -f 6 && exec "$@"', "sh", *command]  # blocks of 512 bytes
+    done = subprocess.run(limited, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [done.stderr.splitlines()[-1]]
+    assert str(tmp_path) in done.stderr.splitlines()[-1]
+    assert "file too large" in done.stderr
+    assert not list(tmp_path.rglob("*.partial"))
