@@ -18,9 +18,10 @@ skimage: Any = lazy.load("skimage")
 
 MEASURES = (
     *("snr_low", "snr_high", "body_fraction", "ghost_low", "ghost_high", "spike_low", "spike_high"),
-    *("correlation", "shift_y", "shift_x"),
+    *("correlation", "mismatch", "shift_y", "shift_x"),
 )
 COARSE = 0.15  # cycles per pixel of the low scan: structure so large that its signal is far above the noise
+FAR = 4.0  # robust standard deviations from which a slice is no neighbour to judge others by
 RAYLEIGH = math.sqrt(2 * math.log(2))  # median of the magnitude of noise alone, in its standard deviations
 
 
@@ -100,16 +101,44 @@ def shifts(low: Array, high: Array, body: Array) -> Array:
     return found
 
 
+def structure(stack: Array) -> Array:
+    """What is finer than the shading of a coil and coarser than noise, on the low grid."""
+    return np.asarray(ndimage.gaussian_filter(stack, (0, 1, 1)) - ndimage.gaussian_filter(stack, (0, 4, 4)))
+
+
+def local_mismatch(low: Array, coarse: Array, body: Array, sigma: tuple[float, float], shift: Array) -> Array:
+    """Share of the local structure that is not common to both scans, the median over each slice's body (slice,).
+
+    The median, because an animal that moved differs everywhere, and bowels only where they are. Both scans on the low
+    grid; `sigma` is the noise of each there, `shift` (y, x) in pixels the place of `coarse` relative to `low`.
+    """
+    point = np.zeros((1, 81, 81))
+    point[0, 40, 40] = 1
+    left = float(np.square(structure(point)).sum())  # share of the variance of white noise
+    one, other = structure(low), structure(ndimage.shift(coarse, (0, *-shift), order=3, mode="nearest"))
+    noise = [left * s**2 for s in sigma]
+    common, power = ((one * other * body).sum(axis=(1, 2)), ((other**2 - noise[1]) * body).sum(axis=(1, 2)))
+    gain = (common / np.maximum(power, 1e-9 * np.square(other).sum() + 1e-30))[:, None, None]
+    rest, shown = (ndimage.gaussian_filter(np.square(image), (0, 3, 3)) for image in (one - gain * other, other))
+    rest, shown = rest - noise[0] - gain**2 * noise[1], gain**2 * (shown - noise[1])
+    found = np.ones(len(low))
+    for i, where in enumerate(body & (shown > 0.7 * noise[0])):
+        found[i] = np.median(rest[i][where] / (shown[i][where] + noise[0])) if where.sum() > 60 else np.nan
+    usual = np.nanmedian(found) if np.isfinite(found).any() else 0.0  # too little to tell
+    return np.maximum(np.where(np.isfinite(found), found, usual), 0)
+
+
 def measure(low: Array, high: Array, phase_low: str, phase_high: str) -> dict[str, list[float]]:
     """Measures of every slice of a pair of stacks (slice, y, x); `phase_*` is the image axis of phase encoding.
 
     ``snr`` is that of the coarse structure, ``body_fraction`` the share of pixels that show signal in the better scan,
-    ``correlation`` that of the coarse structure of both scans, ``shift`` in pixels of the high grid.
+    ``correlation`` that of the coarse structure of both scans, ``mismatch`` the share of the local structure that is
+    not common to both, ``shift`` in pixels of the high grid.
     """
     ratio = np.array(high.shape[1:]) // low.shape[1:]
     coarse, body = to_low_grid(high, low.shape[1:]), body_mask(low)
     result: dict[str, Array] = {}
-    power, shown = [], []
+    power, shown, noise = [], [], []
     for name, stack, other, phase in (("low", low, high, phase_low), ("high", high, low, phase_high)):
         zoom, on_grid = (ratio, coarse) if name == "high" else (ratio // ratio, low)
         air = ~ndimage.binary_dilation(body, np.ones((1, 3, 3)), iterations=max(low.shape[1] // 40, 1))
@@ -117,6 +146,7 @@ def measure(low: Array, high: Array, phase_low: str, phase_high: str) -> dict[st
         sigma = noise_sigma(stack, air)
         result[f"ghost_{name}"] = ghost_level(stack, air, phase, sigma)
         result[f"spike_{name}"] = spike_level(stack, other)
+        noise.append(sigma / math.sqrt(zoom.prod()))  # on the low grid
         # Power in a coefficient of k-space: magnitudes of noise alone (air) have 0.43 of its variance.
         power.append(low[0].size * sigma**2 * (0.43 + 0.57 * body.mean()) / zoom.prod())
         local = ndimage.gaussian_filter(on_grid, (0, 1, 1)) / sigma
@@ -126,20 +156,31 @@ def measure(low: Array, high: Array, phase_low: str, phase_high: str) -> dict[st
     spectra = [fft.fft2(stack)[:, band] for stack in (low, coarse)]
     snr_low, snr_high, correlation = agreement(spectra[0], spectra[1], power)
     result |= {"snr_low": snr_low, "snr_high": snr_high, "correlation": correlation}
-    result["shift_y"], result["shift_x"] = (shifts(low, coarse, body) * ratio).T
+    moved = shifts(low, coarse, body)
+    result["mismatch"] = local_mismatch(low, coarse, body, (noise[0], noise[1]), np.median(moved, axis=0))
+    result["shift_y"], result["shift_x"] = (moved * ratio).T
     return {name: [float(f"{value:.6g}") for value in result[name]] for name in MEASURES}
 
 
-def outliers(values: Array, good: Array, usual: float) -> Array:
+def outliers(values: Array, good: Array, usual: float, most: float) -> Array:
     """How far each slice (slice,) is above its neighbours among the good ones, in the scan's own robust spread.
 
-    Neighbours, because signal and motion change along the animal; `usual` is a spread that means nothing.
+    Neighbours, because signal and motion change along the animal; `usual` is a spread that means nothing, `most` the
+    largest that a scan may claim, were half of it spoiled. What is far off is no neighbour to judge the others by.
     """
-    above = np.zeros(len(values))
-    for i, value in enumerate(values):
-        near = [k for k in range(max(i - 3, 0), min(i + 4, len(values))) if k != i and good[k]]
-        above[i] = value - np.median(values[near]) if near else 0
-    return np.asarray(above / max(1.4826 * np.median(np.abs(above[good])), usual))
+    found, left = np.zeros(len(values)), np.ones(len(values), bool)
+    while left.any():
+        above = np.zeros(len(values))
+        for i, value in enumerate(values):
+            near = [k for k in range(max(i - 3, 0), min(i + 4, len(values))) if k != i and good[k] and left[k]]
+            above[i] = value - np.median(values[near]) if near else 0
+        spread = 1.4826 * np.median(np.abs(above[good & left])) if (good & left).any() else 0
+        found[left] = above[left] / min(max(spread, usual), most)
+        worst = int(np.argmax(np.where(good & left, np.abs(found), -1)))
+        if not (good & left)[worst] or abs(found[worst]) < FAR:
+            break
+        left[worst] = False
+    return found
 
 
 def scores(numbers: dict[str, list[float]]) -> dict[str, Array]:
@@ -148,17 +189,19 @@ def scores(numbers: dict[str, list[float]]) -> dict[str, Array]:
     size = np.log(m["body_fraction"] + 1e-4)
     good = m["body_fraction"] >= min(0.02, m["body_fraction"].max())  # the others tell nothing of the scan
     balance = np.log(m["snr_low"] / m["snr_high"])
-    rules = {
-        "the scans disagree": (np.log(1 - m["correlation"] ** 2 + 0.003), 0.2),
-        "spike in low": (np.log(m["spike_low"] + 1e-3), 0.1),
-        "spike in high": (np.log(m["spike_high"] + 1e-3), 0.1),
-        "ghosts or noise in low": (np.log(m["ghost_low"] + 1e-3), 0.04),
-        "ghosts or noise in high": (np.log(m["ghost_high"] + 1e-3), 0.04),
-        "signal lost in low": (-balance, 0.2),
-        "signal lost in high": (balance, 0.2),
+    coarse = np.log(1 - m["correlation"] ** 2 + 0.003)
+    rules: dict[str, tuple[Array, float, float]] = {
+        "the scans disagree": (np.log(m["mismatch"] + 0.1), 0.15, 0.3),
+        "the scans disagree in coarse structure": (coarse, 0.2, 0.4),
+        "spike in low": (np.log(m["spike_low"] + 1e-3), 0.1, math.inf),
+        "spike in high": (np.log(m["spike_high"] + 1e-3), 0.1, math.inf),
+        "ghosts or noise in low": (np.log(m["ghost_low"] + 1e-3), 0.06, math.inf),
+        "ghosts or noise in high": (np.log(m["ghost_high"] + 1e-3), 0.06, math.inf),
+        "signal lost in low": (-balance, 0.2, 0.4),
+        "signal lost in high": (balance, 0.2, 0.4),
     }
     shown = np.clip((size - math.log(0.01)) / math.log(2), 0, 1)  # a slice of mere noise is neither moved nor spiked
-    found = {reason: shown * outliers(values, good, usual) for reason, (values, usual) in rules.items()}
+    found = {reason: shown * outliers(rule[0], good, *rule[1:]) for reason, rule in rules.items()}
     return found | {"hardly any body": 3 + (math.log(0.02) - size) / 0.2}
 
 

@@ -66,7 +66,7 @@ def nothing(kspace: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return 0 * kspace
 
 
-def judge(low: np.ndarray, high: np.ndarray, threshold: float = 3.0) -> tuple[list[str], list[str]]:
+def judge(low: np.ndarray, high: np.ndarray, threshold: float = 2.5) -> tuple[list[str], list[str]]:
     return quality.suggest(quality.measure(low, high, "y", "y"), {}, threshold)
 
 
@@ -181,3 +181,22 @@ def test_higher_threshold_drops_no_more():
     dropped = [judge(low, high, threshold)[0].count("drop") for threshold in (1.0, 2.0, 3.0, 5.0, 1e9)]
     assert dropped == sorted(dropped, reverse=True)
     assert dropped[-1] == 0
+
+
+def test_scan_that_lost_the_signal_of_many_slices_does_not_pass_for_usual():
+    low, high = pair()
+    lost = [2, 3, 4, 7, 9]
+    low[lost] *= 0.1
+    low[lost] += np.abs(np.random.default_rng(0).normal(0, 50, low[lost].shape)).astype(np.float32)
+    suggestion, reasons = judge(low, high)
+    assert [i for i, found in enumerate(suggestion) if found == "drop"] == lost
+    assert all("signal lost in low" in reasons[i] for i in lost)
+
+
+def test_what_moved_everywhere_is_told_from_what_changed_in_one_place():
+    low, high = pair()
+    usual = quality.measure(low, high, "y", "y")["mismatch"]
+    moved, _ = pair(motion)
+    assert quality.measure(moved, high, "y", "y")["mismatch"][5] > 0.1 + usual[5]
+    low[5, 22:26, 22:26] = 2 * low[5, 22:26, 22:26]  # another loop of the bowel
+    assert quality.measure(low, high, "y", "y")["mismatch"][5] < 0.03 + usual[5]
