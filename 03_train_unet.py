@@ -8,6 +8,7 @@ Usage:
     python 03_train_unet.py --run first --epochs 200 --batch 32
     python 03_train_unet.py --preset tuned --run tuned --loss hybrid --alpha 0.8
     python 03_train_unet.py --run best --config-from runs/tune/best.json
+    torchrun --nproc-per-node 4 -- 03_train_unet.py --preset paper  # one process for each GPU, the batch shared out
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lazy_loader as lazy
-import numpy as np
 from tqdm import tqdm
 
 from common import InputError, fingerprint, main, open_pairs, write_json, write_table
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     import torch
 
     import networks
+    import parallel
 else:  # torch is imported by the functions that compute with it: tyro would load a lazy torch at once
-    networks = lazy.load("networks")
+    networks, parallel = lazy.load("networks"), lazy.load("parallel")
 
 STAGE = 3
 COLUMNS = (
@@ -164,14 +165,17 @@ PRESETS = {
 # ---------------------------------------------------------------- rules of the training
 
 
-def validate(net: networks.UNet, pairs: networks.PairSet, cfg: Config, dtype: torch.dtype) -> dict[str, float]:
-    """Mean over the slices of loss, MSE and SSIM, on whole slices."""
+def validate(
+    net: networks.UNet, pairs: networks.PairSet, cfg: Config, dtype: torch.dtype, group: parallel.Group
+) -> dict[str, float]:
+    """Mean over the slices of loss, MSE and SSIM, on whole slices, which the processes share."""
     import torch
 
-    sums = np.zeros(3)
+    sums = torch.zeros(3, dtype=torch.float64)
     # Scan by scan: slices of equal size, so that no figure depends on what else is in the batch.
     scans = (list(items) for _, items in itertools.groupby(range(len(pairs)), lambda item: pairs.places[item][0]))
-    for items in (scan[start : start + cfg.batch] for scan in scans for start in range(0, len(scan), cfg.batch)):
+    batches = [scan[start : start + cfg.batch] for scan in scans for start in range(0, len(scan), cfg.batch)]
+    for items in batches[group.rank :: group.size]:
         batch = pairs.batch(items, net.config.multiple)
         with torch.inference_mode():
             with networks.autocast(pairs.device, dtype):
@@ -179,8 +183,8 @@ def validate(net: networks.UNet, pairs: networks.PairSet, cfg: Config, dtype: to
             losses = networks.image_losses(cfg.loss, cfg.alpha, restored, batch)
             mse = networks.image_losses("MSE", 1.0, restored, batch)
             ssim = networks.structural_similarity(restored, batch.high, batch.mask, batch.data_range)
-        sums += [float(values.double().sum()) for values in (losses, mse, ssim)]
-    return dict(zip(COLUMNS[2:5], (sums / len(pairs)).tolist(), strict=True))
+        sums += torch.stack([values.double().sum() for values in (losses, mse, ssim)]).cpu()
+    return dict(zip(COLUMNS[2:5], (group.total(sums.to(pairs.device)) / len(pairs)).tolist(), strict=True))
 
 
 def learning_rate(cfg: Config, progress: float, validation: Sequence[float]) -> float:
@@ -257,6 +261,18 @@ def check(cfg: Config) -> None:
         raise InputError(f"ema: found {cfg.ema}, expected 0 or more and less than 1")
 
 
+def print_epoch(cfg: Config, history: Sequence[dict[str, Any]]) -> None:
+    """One line of the last epoch."""
+    row, epoch = history[-1], len(history)
+    left = sum(past["seconds"] for past in history) / epoch * (cfg.epochs - epoch) / 60
+    print(
+        f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
+        f"ssim {row['validation_ssim']:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | "
+        f"eta {left:.0f} min",
+        flush=True,
+    )
+
+
 @contextlib.contextmanager
 def memory_errors(cfg: Config) -> Iterator[None]:
     """Turn a failed allocation into one line."""
@@ -279,7 +295,8 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
     cfg = with_settings(cfg)
     check(cfg)
     store = open_pairs(cfg.root)
-    device = networks.pick_device(cfg.device)
+    group = parallel.Group(cfg.device)
+    device = group.device
     dtype = networks.pick_dtype(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -301,7 +318,8 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
         net.load_state_dict(content["training"]["weights"])
         judged.load_state_dict(content["weights"])
         optimiser.load_state_dict(content["training"]["optimiser"])
-        print(f"{cfg.folder}: goes on after epoch {len(history)}", flush=True)
+        if group.leads:
+            print(f"{cfg.folder}: goes on after epoch {len(history)}", flush=True)
 
     memory = getattr(torch, cfg.memory)
     train, validation = (networks.PairSet(store, split, device, memory) for split in ("train", "validation"))
@@ -310,7 +328,8 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
             pairs.places = [pairs.places[i * len(pairs) // cfg.slices] for i in range(cfg.slices)]
     draws = cfg.steps_per_epoch * cfg.batch or len(train)
     steps = math.ceil(draws / cfg.batch)
-    forward = torch.compile(net) if cfg.compile else net
+    forward: Callable[..., torch.Tensor] = group.wrap(net)
+    forward = torch.compile(forward) if cfg.compile else forward
     while not (reason := reason_to_stop(cfg, history)):
         epoch, start = len(history) + 1, time.monotonic()
         losses = [row["validation"] for row in history]
@@ -319,14 +338,18 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
         order = networks.draw_order(len(train), draws, generator)
         total = torch.zeros((), device=device)
         with memory_errors(cfg):
-            for step in tqdm(range(steps), f"epoch {epoch:03d}/{cfg.epochs}", leave=False, disable=None):
+            quiet = None if group.leads else True  # None: a bar on a terminal only
+            for step in tqdm(range(steps), f"epoch {epoch:03d}/{cfg.epochs}", leave=False, disable=quiet):
                 items = order[step * cfg.batch : (step + 1) * cfg.batch]
-                batch = train.batch(items, network.multiple, cfg.patch, cfg.flips, cfg.turns, generator)
-                for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(cfg, epoch - 1 + (step + 0.5) / steps, losses)
+                part = group.part(len(items))
+                batch = train.batch(items, network.multiple, cfg.patch, cfg.flips, cfg.turns, generator, part)
+                lr = learning_rate(cfg, epoch - 1 + (step + 0.5) / steps, losses)
+                for parameters in optimiser.param_groups:
+                    parameters["lr"] = lr
                 with networks.autocast(device, dtype):
                     restored = forward(batch.low.contiguous(memory_format=torch.channels_last))
-                loss = networks.image_losses(cfg.loss, cfg.alpha, restored, batch).mean()
+                # The mean over the whole batch, as the gradients are means over the processes.
+                loss = networks.image_losses(cfg.loss, cfg.alpha, restored, batch).sum() * (group.size / len(items))
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 if cfg.clip:
@@ -334,26 +357,22 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
                 optimiser.step()
                 if cfg.ema:
                     networks.average_weights(judged, net, cfg.ema, step + steps * (epoch - 1))
-                total += loss.detach() * len(items)
+                total += loss.detach() * (len(items) / group.size)
             seconds = time.monotonic() - start
-            figures = validate(judged, validation, cfg, dtype)
-        row = {"epoch": epoch, "train": float(total) / draws} | figures
-        row |= {"lr": group["lr"], "seconds": time.monotonic() - start, "images_per_second": draws / seconds}
+            figures = validate(judged, validation, cfg, dtype, group)
+        row = {"epoch": epoch, "train": float(group.total(total)) / draws} | figures
+        row |= {"lr": lr, "seconds": time.monotonic() - start, "images_per_second": draws / seconds}
+        row = group.agreed(row)
         if not math.isfinite(row["train"] + row["validation"]):
             wanted = "a lower --lr, a --warm-up or a --clip"
             raise TrainingFailed(f"epoch {epoch}: the loss is not finite, expected {wanted}")
 
         history.append(row)
         state |= {"weights": judged.state_dict(), "history": history}
-        networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, epoch + 1])
-        write_table(cfg.folder / "history.csv", COLUMNS, history)
-        left = sum(past["seconds"] for past in history) / epoch * (cfg.epochs - epoch) / 60
-        print(
-            f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
-            f"ssim {row['validation_ssim']:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | "
-            f"eta {left:.0f} min",
-            flush=True,
-        )
+        if group.leads:
+            networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, epoch + 1])
+            write_table(cfg.folder / "history.csv", COLUMNS, history)
+            print_epoch(cfg, history)
         if report:
             report(row)
 
@@ -362,9 +381,11 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
     summary |= {"epochs": len(history), "stopped": reason, "minutes": sum(row["seconds"] for row in history) / 60}
     summary |= {"parameters": sum(p.numel() for p in net.parameters()), "train_slices": len(train)}
     summary |= {"validation_slices": len(validation), "device": device.type, "precision": str(dtype).split(".")[1]}
-    write_table(cfg.folder / "history.csv", COLUMNS, history)
-    write_json(cfg.folder / "summary.json", summary | {"fingerprint": fingerprint(settings, data)})
-    print(f"{cfg.folder}: best epoch {best['epoch']}, validation {best['validation']:.4f} ({reason})", flush=True)
+    if group.leads:
+        write_table(cfg.folder / "history.csv", COLUMNS, history)
+        write_json(cfg.folder / "summary.json", summary | {"fingerprint": fingerprint(settings, data)})
+        print(f"{cfg.folder}: best epoch {best['epoch']}, validation {best['validation']:.4f} ({reason})", flush=True)
+    group.close()
     return summary
 
 

@@ -382,6 +382,7 @@ class PairSet:
         flips: bool = False,
         turns: bool = False,
         generator: torch.Generator | None = None,
+        part: slice = slice(None),
     ) -> Batch:
         """Slices `items`, cut and turned at random, padded to their largest and to a multiple by mirroring.
 
@@ -397,6 +398,8 @@ class PairSet:
             Flip along y and along x, and exchange the two, each in half of the cases.
         generator : torch.Generator, optional
             On the CPU; without one the crop is central and nothing is turned.
+        part : slice
+            Of `items`: what of the batch is made, drawn and padded as the whole one is.
 
         Returns
         -------
@@ -415,6 +418,7 @@ class PairSet:
             pair = pair.flip(axes) if axes else pair
             pairs.append(pair.transpose(1, 2) if turns and turn[2] < 0.5 else pair)
         height, width = (math.ceil(max(p.shape[axis] for p in pairs) / multiple) * multiple for axis in (1, 2))
+        pairs = pairs[part]
         images = torch.empty(len(pairs), 2, height, width, device=self.device)
         mask = torch.zeros(len(pairs), 1, height, width, dtype=torch.bool, device=self.device)
         for image, valid, pair in zip(images, mask, pairs, strict=True):
@@ -423,7 +427,7 @@ class PairSet:
                 if pair.shape[axis] < length:
                     pair = pair.index_select(axis, mirror(pair.shape[axis], length).to(self.device))
             image.copy_(pair)
-        return Batch(images[:, :1], images[:, 1:], mask, self.data_range[list(items)].to(self.device))
+        return Batch(images[:, :1], images[:, 1:], mask, self.data_range[list(items[part])].to(self.device))
 
 
 # ---------------------------------------------------------------- training

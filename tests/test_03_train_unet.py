@@ -27,6 +27,7 @@ if "networks" not in sys.modules:
 import torch
 
 import networks
+import parallel
 
 REPO = Path(__file__).resolve().parent.parent
 stage = importlib.import_module("03_train_unet")
@@ -137,11 +138,12 @@ def test_hybrid_loss_has_the_right_gradient():
 
 
 def test_validation_does_not_depend_on_the_batch(data):
-    cfg = small(data, residual=False)
+    cfg, alone = small(data, residual=False), parallel.Group("cpu")
     pairs = networks.PairSet(stage.open_pairs(data), "train", torch.device("cpu"))
     net = networks.UNet(networks.UNetConfig((4, 6), (), "meanpool", "upconv", "ReLU", False))
     figures = [
-        stage.validate(net, pairs, dataclasses.replace(cfg, batch=batch), torch.float32) for batch in (1, 2, 3, 6)
+        stage.validate(net, pairs, dataclasses.replace(cfg, batch=batch), torch.float32, alone)
+        for batch in (1, 2, 3, 6)
     ]
     assert set(figures[0]) == {"validation", "validation_mse", "validation_ssim"}
     for other in figures[1:]:
@@ -284,7 +286,7 @@ def test_what_a_run_leaves(at):
     # The saved network gives the validation error that was written.
     net, _ = networks.load_unet(cfg.folder / "best.pt")
     pairs = networks.PairSet(stage.open_pairs(cfg.root), "validation", torch.device("cpu"))
-    assert stage.validate(net, pairs, cfg, torch.float32)["validation"] == best["validation"]
+    assert stage.validate(net, pairs, cfg, torch.float32, parallel.Group("cpu"))["validation"] == best["validation"]
     low = pairs.batch(range(len(pairs)), 1)
     restored = networks.restore(net, low.low[:, 0].numpy(), np.ones(3, np.float32), np.zeros(3, np.float32))
     assert np.mean((restored - low.high[:, 0].numpy()) ** 2) == pytest.approx(best["validation_mse"], rel=0.02)
@@ -332,14 +334,43 @@ def test_seed_decides(at):
     assert not same(first, other)
 
 
+def words(root, run, **options):
+    """The command line of a config that `small` gives."""
+    fixed = ["--root", str(root), "--run", run, "--features-main", "4", "6", "--lr", "1e-2"]
+    fixed += ["--optimiser", "Adam", "--scheduler", "cosine", "--precision", "float32"]
+    return fixed + [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_two_processes_train_as_one_does(at):
+    """Gradients over the whole batch, also where one process has more slices of it than the other, or all of it."""
+    options = {"epochs": 3, "min_epochs": 3, "batch": 5, "threads": 1, "patch": 32}  # steps of 5 and of 1 slice
+    one = at(run="one", **options)
+    stage.run(one)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    command += ["03_train_unet.py", *words(one.root, "two", device="cpu", **options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 003/3") == 1
+    first, second = weights(one.folder), weights(one.root / "runs" / "two")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+    untrained = networks.UNet(
+        networks.UNetConfig((4, 6), (), "meanpool", "upconv", "ReLU", True), networks.seeded(0, 3, 0)
+    ).state_dict()
+    assert any((first[name] - untrained[name]).abs().max() > 1e-3 for name in first)
+    figures = [[float(row["validation"]), float(row["train"])] for row in rows(one.folder)]
+    assert figures == [
+        pytest.approx([float(row["validation"]), float(row["train"])], rel=1e-4)
+        for row in rows(one.root / "runs" / "two")
+    ]
+
+
 def test_killed_in_the_middle_of_an_epoch(at):
     """kill -9 at two moments; the run that ends at last equals an undisturbed one to the bit."""
     options = {"epochs": 4, "min_epochs": 4, "steps_per_epoch": 30, "threads": 1}
     killed = at(run="killed", **options)
-    words = ["--root", str(killed.root), "--run", "killed", "--features-main", "4", "6", "--batch", "3", "--lr", "1e-2"]
-    words += ["--optimiser", "Adam", "--scheduler", "cosine", "--precision", "float32"]
-    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "03_train_unet.py", *words]
+    command = [sys.executable, "03_train_unet.py", *words(killed.root, "killed", batch=3, **options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
