@@ -7,6 +7,7 @@ built, with its corrections of the report, are in docs/APDDM.md.
 Usage:
     python 05_apddm.py --preset demo
     python 05_apddm.py --preset last --beta 4
+    torchrun --nproc-per-node 4 -- 05_apddm.py --preset paper  # one process for each GPU, the batch shared out
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lazy_loader as lazy
 import numpy as np
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
 
     import anchored
     import networks
+    import parallel
 else:  # torch is imported where it computes: tyro would load a lazy torch at once
-    networks, anchored = map(lazy.load, ("networks", "anchored"))
+    networks, anchored, parallel = map(lazy.load, ("networks", "anchored", "parallel"))
 
 STAGE, BANK = 5, 64  # BANK: residual slices kept in the checkpoint for sampling; training draws from all
 COLUMNS = ["epoch", "train", "validation", "validation_mse", "lr", "seconds", "images_per_second"]
@@ -178,13 +180,18 @@ PRESETS = {
 
 
 def validate(
-    model: anchored.APDDM, noise: anchored.Noise, pairs: networks.PairSet, cfg: Config, dtype: torch.dtype
+    model: anchored.APDDM,
+    noise: anchored.Noise,
+    pairs: networks.PairSet,
+    cfg: Config,
+    dtype: torch.dtype,
+    group: parallel.Group,
 ) -> dict[str, float]:
     """Mean over the slices of the training's loss, t spread evenly, and of the MSE of one step from the low image."""
     import torch
 
-    sums = np.zeros(2)
-    for start in range(0, len(pairs), cfg.batch):
+    sums = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(pairs), cfg.batch)[group.rank :: group.size]:
         items = range(start, min(start + cfg.batch, len(pairs)))
         batch = pairs.batch(items, model.net.config.multiple)
         generator = networks.seeded(cfg.seed, STAGE, 0, start)
@@ -195,8 +202,8 @@ def validate(
         with torch.inference_mode(), networks.autocast(pairs.device, dtype):
             along = model.estimate(state, torch.tensor(steps), batch.low)
             once = model.estimate(batch.low, model.path.length, batch.low)
-        sums += [float(networks.image_losses("MSE", 1.0, x, batch).double().sum()) for x in (along, once)]
-    return dict(zip(COLUMNS[2:4], (sums / len(pairs)).tolist(), strict=True))
+        sums += torch.stack([networks.image_losses("MSE", 1.0, x, batch).double().sum() for x in (along, once)]).cpu()
+    return dict(zip(COLUMNS[2:4], (group.total(sums.to(pairs.device)) / len(pairs)).tolist(), strict=True))
 
 
 def check(cfg: Config) -> None:
@@ -211,6 +218,18 @@ def check(cfg: Config) -> None:
     if not (0 <= cfg.ema < 1 and 0 < cfg.coverage < 1 and 0 <= cfg.end_share <= 1):
         found = f"ema {cfg.ema}, coverage {cfg.coverage}, end_share {cfg.end_share}"
         raise InputError(f"{found} found, expected shares: 0 to 1, ema and coverage less than 1")
+
+
+def print_epoch(cfg: Config, history: list[dict[str, Any]]) -> None:
+    """One line of the last epoch."""
+    row, epoch = history[-1], len(history)
+    left = sum(past["seconds"] for past in history) / epoch * (cfg.epochs - epoch) / 60
+    print(
+        f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
+        f"one step {row['validation_mse']:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | "
+        f"eta {left:.0f} min",
+        flush=True,
+    )
 
 
 # ---------------------------------------------------------------- intervals
@@ -247,7 +266,8 @@ def run(cfg: Config) -> dict[str, Any]:
 
     check(cfg)
     store = open_pairs(cfg.root)
-    device = networks.pick_device(cfg.device)
+    group = parallel.Group(cfg.device)
+    device = group.device
     dtype = networks.pick_dtype(cfg.precision, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -276,7 +296,8 @@ def run(cfg: Config) -> dict[str, Any]:
     if cfg.parametrization == "residual":  # Eq. 10 cannot restore: it is trained without a sampling
         model.check(**model.sampling)
     noise = anchored.NoiseBank(residuals, cfg.rotations) if cfg.noise == "bank" else anchored.gaussian
-    print(f"beta {beta:.4f} = {beta / critical:.3g} beta_crit, RMS(R) {stats['rms']:.4f}", flush=True)
+    if group.leads:
+        print(f"beta {beta:.4f} = {beta / critical:.3g} beta_crit, RMS(R) {stats['rms']:.4f}", flush=True)
 
     content = None if cfg.fresh else networks.previous_run(cfg.folder, state, FREE)
     net = model.net.to(device)
@@ -291,8 +312,11 @@ def run(cfg: Config) -> dict[str, Any]:
         net.load_state_dict(content["training"]["weights"])
         judged.net.load_state_dict(content["weights"])
         optimiser.load_state_dict(content["training"]["optimiser"])
-        print(f"{cfg.folder}: goes on after epoch {len(history)}", flush=True)
+        if group.leads:
+            print(f"{cfg.folder}: goes on after epoch {len(history)}", flush=True)
 
+    through = copy.copy(model)  # estimates with gradients that are means over the processes
+    through.net = cast("networks.UNet", group.wrap(net))
     draws, chain = cfg.steps_per_epoch * cfg.batch or len(train), cfg.draws == "chain"
     steps = math.ceil(draws / cfg.batch)
     while not (reason := networks.reason_to_stop(history, cfg.epochs, cfg.min_epochs, cfg.patience)):
@@ -301,44 +325,51 @@ def run(cfg: Config) -> dict[str, Any]:
         generator = networks.seeded(cfg.seed, STAGE, 3, epoch)
         order = networks.draw_order(len(train), draws, generator)
         total = torch.zeros((), device=device)
-        for step in tqdm(range(steps), f"epoch {epoch:03d}/{cfg.epochs}", leave=False, disable=None):
+        quiet = None if group.leads else True  # None: a bar on a terminal only
+        for step in tqdm(range(steps), f"epoch {epoch:03d}/{cfg.epochs}", leave=False, disable=quiet):
             items = order[step * cfg.batch : (step + 1) * cfg.batch]
             batch = train.batch(items, net.config.multiple, cfg.patch, cfg.flips, False, generator)
             times = torch.randint(1, cfg.length + 1, (len(items),), generator=generator)
             times[: len(items) if cfg.timesteps == "last" else round(cfg.end_share * len(items))] = cfg.length
             levels = torch.rand(len(items), generator=generator).tolist() if cfg.beta_range else [1.0] * len(items)
             image = anchored.state_at(model.path, noise, batch, times.tolist(), levels, chain, generator)
+            # Each process draws the whole batch, so that all draw the same, and computes with its share.
+            part = group.part(len(items))
+            batch = networks.Batch(batch.low[part], batch.high[part], batch.mask[part], batch.data_range[part])
             progress = epoch - 1 + (step + 0.5) / steps  # in epochs
-            for group in optimiser.param_groups:
-                group["lr"] = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * progress / cfg.epochs))
-                group["lr"] *= min(1.0, progress / cfg.warm_up) if cfg.warm_up else 1.0
+            lr = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * progress / cfg.epochs))
+            lr *= min(1.0, progress / cfg.warm_up) if cfg.warm_up else 1.0
+            for parameters in optimiser.param_groups:
+                parameters["lr"] = lr
             with networks.autocast(device, dtype):
-                estimate = model.estimate(image, times, batch.low)
-            loss = networks.image_losses("MSE", 1.0, estimate, batch).mean()  # Eq. 11
+                estimate = through.estimate(image[part], times[part], batch.low)
+            losses = networks.image_losses("MSE", 1.0, estimate, batch)  # Eq. 11
+            loss = losses.sum() * (group.size / len(items))  # the mean over the whole batch
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if cfg.clip:
                 torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
             optimiser.step()
             networks.average_weights(judged.net, net, cfg.ema, step + steps * (epoch - 1))
-            total += loss.detach() * len(items)
+            total += loss.detach() * (len(items) / group.size)
         seconds = time.monotonic() - start
-        row = {"epoch": epoch, "train": float(total) / draws} | validate(judged, noise, validation, cfg, dtype)
-        row |= {"lr": group["lr"], "seconds": time.monotonic() - start, "images_per_second": draws / seconds}
+        figures = validate(judged, noise, validation, cfg, dtype, group)
+        row = {"epoch": epoch, "train": float(group.total(total)) / draws} | figures
+        row |= {"lr": lr, "seconds": time.monotonic() - start, "images_per_second": draws / seconds}
+        row = group.agreed(row)
         if not math.isfinite(row["train"] + row["validation"]):
             raise InputError(f"epoch {epoch}: the loss is not finite, expected a lower --lr, a --warm-up or a --clip")
 
         history.append(row)
         state |= {"weights": judged.net.state_dict(), "history": history}
-        networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, 3, epoch + 1])
-        write_table(cfg.folder / "history.csv", COLUMNS, history)
-        print(
-            f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
-            f"one step {row['validation_mse']:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | "
-            f"eta {sum(past['seconds'] for past in history) / epoch * (cfg.epochs - epoch) / 60:.0f} min",
-            flush=True,
-        )
+        if group.leads:
+            networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, 3, epoch + 1])
+            write_table(cfg.folder / "history.csv", COLUMNS, history)
+            print_epoch(cfg, history)
 
+    group.close()
+    if not group.leads:
+        return {}
     best = min(history, key=lambda row: row["validation"])
     summary = {f"best_{name}": value for name, value in best.items() if name in COLUMNS[:4]}
     summary |= {"epochs": len(history), "stopped": reason, "minutes": sum(row["seconds"] for row in history) / 60}

@@ -8,6 +8,8 @@ import importlib
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import common
 import networks
 from common import InputError
 
+REPO = Path(__file__).resolve().parent.parent
 apddm = importlib.import_module("05_apddm")
 
 
@@ -627,3 +630,22 @@ def test_a_paper_run_trains_and_says_nothing_of_sampling(root):
     summary = apddm.run(small(root, run="paper", epochs=1, steps_per_epoch=2, parametrization="paper"))
     assert "interval" not in summary
     assert summary["best_validation"] > 0
+
+
+def test_two_processes_train_as_one_does(root, tmp_path):
+    """The same noise, times and crops, and gradients over the whole batch of 3 and of 1."""
+    (tmp_path / "data").symlink_to(root / "data")
+    one = small(tmp_path, run="one", batch=3, epochs=1, min_epochs=1, samples=1, eta=0.0, threads=1)
+    apddm.run(one)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    command += ["05_apddm.py", "--preset", "smoke", "--root", str(tmp_path), "--run", "two", "--device", "cpu"]
+    for name in ("batch", "epochs", "min_epochs", "samples", "eta", "threads", "patch", "steps_per_epoch", "ema"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(one, name))]
+    command += ["--precision", "float32"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 001/1") == 1
+    first, second = (torch.load(tmp_path / "runs" / run / "best.pt")["weights"] for run in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+    assert any(value.std() > 0 for name, value in first.items() if name.startswith("last"))
