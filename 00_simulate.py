@@ -133,7 +133,7 @@ _TINY = Config(
 )
 PRESETS = {
     "paper": Config(),
-    "demo": Config(subjects=13, slices=8, slice_distance_mm=2.0, lego_slices=6),
+    "demo": Config(subjects=20, slices=8, slice_distance_mm=2.0, lego_slices=6),
     "smoke": _TINY,
 }
 

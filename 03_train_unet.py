@@ -153,7 +153,7 @@ PRESETS = {
     ),
     "demo": dataclasses.replace(
         PAPER, batch=8, patch=128, features_main=(48, 96, 192), upsampling="bilinear", unshuffle=2, optimiser="AdamW",
-        lr=1e-3, scheduler="cosine", warm_up=0.5, ema=0.99, clip=1.0, epochs=20, steps_per_epoch=100,
+        lr=1e-3, scheduler="cosine", warm_up=0.5, ema=0.99, clip=1.0, epochs=26, steps_per_epoch=100,
     ),
     "smoke": dataclasses.replace(
         PAPER, batch=4, patch=64, features_main=(16, 32), upsampling="bilinear", unshuffle=2, optimiser="AdamW",
