@@ -1,11 +1,13 @@
 """Restored images and figures of merit of every model.
 
 Reads data/curated.zarr, data/pairs.zarr and runs/<model>/best.pt; data/truth.zarr and data/rois.csv if any.
-Writes results/<model>.zarr, results/metrics.csv, results/summary.json and results/rois.csv. Section 5 of the report.
+Writes results/<model>.zarr, results/metrics.csv, results/summary.json and results/rois.csv; with --pick-rois only
+data/rois.csv. Section 5 of the report.
 
 Usage:
     python 06_evaluate.py --preset demo --models unet --splits test lego
     python 06_evaluate.py --root experiment --workers 8
+    python 06_evaluate.py --pick-rois --web                     # draw the boxes of CNR, then run again
 """
 
 import functools
@@ -33,7 +35,6 @@ from common import (
     open_curated,
     open_pairs,
     open_truth,
-    read_table,
     run_parallel,
     scan_attributes,
     sha256,
@@ -42,16 +43,17 @@ from common import (
     write_scan,
     write_table,
 )
+from rois import Box, contrast_figures, incomplete, pixels, place_boxes, read_boxes, rois_path
 
 networks = lazy.load("networks")
 skimage = lazy.load("skimage")
+roi_picker = lazy.load("roi_picker")
 
 BASELINES = ("low", "bicubic", "fourier", "nlm", "high")  # `low` first: the others are set against it
 COLUMNS = ("model", "split", "subject", "region", "plane", "slice", "metric", "reference", "mask", "range", "value")
 PRINTED = ("mse", "mse_ratio", "ssim", "psnr", "psnr_truth", "ssim_truth", "mean_ratio")  # all of them in the body
 WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 Figure = namedtuple("Figure", "slice model metric reference mask value")  # a row of metrics.csv but for its scan
-Box = namedtuple("Box", "key slice name kind y0 y1 x0 x1")  # half-open, pixels of the high grid
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class Config:
     """Processes; 0 takes every core."""
     seed: int = 1
     """Of the bootstrap."""
+    pick_rois: bool = False
+    """Draw ROI and background boxes into data/rois.csv in a window, on scans of these splits; nothing is judged."""
+    web: bool = False
+    """Pick them in a browser, also over ssh: the page is served on 127.0.0.1 only."""
+    port: int = 8988
+    """Of that page; the next free one if it is taken."""
 
 
 PRESETS = {"paper": Config(), "demo": Config(), "smoke": Config(strengths=(0.7, 1.1), tuning_slices=2, draws=200)}
@@ -120,27 +128,6 @@ def noise_level(images: Array, air: Array) -> float:
         return float(np.median(images[air]) / np.sqrt(2 * np.log(2)))
     rough = np.diff(np.diff(images, 2, axis=1), 2, axis=2)  # the animal fills the field: what is no smooth anatomy
     return float(np.median(np.abs(rough)) / 0.6745 / 6)
-
-
-def contrast_figures(roi: Array, background: Array) -> dict[str, float]:
-    """Contrast-to-noise ratio (Eq. 13), its size, and the normalised standard deviation (Eq. 14) of two boxes."""
-    cnr = (roi.mean() - background.mean()) / background.std()
-    return {"cnr": cnr, "cnr_abs": abs(cnr), "nstd": background.std() / background.mean()}
-
-
-def place_boxes(key: str, index: int, high: Array, body: Array, side: int) -> list[Box]:
-    """Background where the body is most homogeneous, ROI where it is homogeneous and most different; or neither."""
-    view = np.lib.stride_tricks.sliding_window_view
-    windows = view(np.asarray(high, np.float64), (side, side))[::2, ::2]
-    mean, deviation = windows.mean(axis=(2, 3)), windows.std(axis=(2, 3))
-    inside = view(body, (side, side))[::2, ::2].all(axis=(2, 3))
-    y, x = np.unravel_index(np.where(inside, deviation / (mean + 1e-30), np.inf).argmin(), mean.shape)
-    rows, columns = np.ogrid[: mean.shape[0], : mean.shape[1]]
-    calm = inside & (deviation <= np.quantile(deviation[inside], 0.1) if inside.any() else False)
-    calm &= (2 * np.abs(rows - y) >= side) | (2 * np.abs(columns - x) >= side)
-    v, u = np.unravel_index(np.where(calm, np.abs(mean - mean[y, x]), -1).argmax(), mean.shape)
-    corners = {"roi": (2 * int(v), 2 * int(u)), "background": (2 * int(y), 2 * int(x))} if calm.any() else {}
-    return [Box(key, index, "auto", kind, t, t + side, s, s + side) for kind, (t, s) in corners.items()]
 
 
 def interval(values: Sequence[float], draws: int, seed: int) -> tuple[float, list[float]]:
@@ -207,25 +194,6 @@ def slices_of(cfg: Config, splits: Sequence[str]) -> list[tuple[str, int]]:
     if not found:
         raise InputError(f"{pairs.path}: no slice of {', '.join(splits)} found, expected one or more")
     return found
-
-
-def read_boxes(cfg: Config) -> list[Box]:
-    """Boxes that a person drew into data/rois.csv."""
-    path, curated = cfg.root / "data" / "rois.csv", open_curated(cfg.root)
-    boxes: list[Box] = []
-    for line, row in enumerate(read_table(path, Box._fields) if path.exists() else [], start=2):
-        box = Box(**row | {k: int(row[k]) if row[k].isdecimal() else -1 for k in ("slice", "y0", "y1", "x0", "x1")})
-        n, height, width = curated.read(box.key, "high", 3).shape if box.key in curated.scans else (0, 0, 0)
-        fits = 0 <= box.slice < n and 0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width
-        if not fits or box.kind not in ("roi", "background"):
-            wanted = f"roi or background in {n} slices of {height} x {width}" if n else f"a scan of {curated.path}"
-            raise InputError(f"{path}: line {line}: {', '.join(row.values())} found, expected {wanted}")
-        boxes.append(box)
-    for key, index in {(box.key, box.slice) for box in boxes}:
-        kinds = [box.kind for box in boxes if (box.key, box.slice) == (key, index)]
-        if kinds.count("background") != 1 or len(kinds) < 2:
-            raise InputError(f"{path}: {key}, slice {index}: {kinds} found, expected one background and its roi")
-    return boxes
 
 
 def load_networks(cfg: Config) -> dict[str, Any]:
@@ -330,13 +298,11 @@ def box_figures(scan: Scan, images: dict[str, Array], boxes: Sequence[Box]) -> I
     """Figures of every ROI with the background of its slice."""
     for roi in (box for box in boxes if box.kind == "roi"):
         pair = roi, next(box for box in boxes if box.kind == "background" and box.slice == roi.slice)
-        pixels = {
-            name: [np.asarray(volume[b.slice, b.y0 : b.y1, b.x0 : b.x1], np.float64) for b in pair]
-            for name, volume in (images | scan.references).items()
-        }
-        contrast = {name: inside.mean() - outside.mean() for name, (inside, outside) in pixels.items()}
+        volumes = images | scan.references
+        values = {name: [pixels(volume, box) for box in pair] for name, volume in volumes.items()}
+        contrast = {name: inside.mean() - outside.mean() for name, (inside, outside) in values.items()}
         for model in images:
-            for metric, value in contrast_figures(*pixels[model]).items():
+            for metric, value in contrast_figures(*values[model]).items():
                 yield Figure(roi.slice, model, metric, "", f"box:{roi.name}", float(value))
             for reference in (name for name in scan.references if name != model):  # CNR is won by blur, this is not
                 recovery = np.divide(contrast[model], contrast[reference])
@@ -373,8 +339,13 @@ def run(cfg: Config) -> dict[str, Any]:
     """Restore and judge every scan of the splits; return summary.json's content."""
     if clash := set(cfg.models) & set(BASELINES):
         raise InputError(f"--models: {', '.join(sorted(clash))} found, a baseline, expected folders below runs")
-    keys = list(dict.fromkeys(key for key, _ in slices_of(cfg, cfg.splits)))
-    drawn, nets = read_boxes(cfg), load_networks(cfg)
+    slices = slices_of(cfg, cfg.splits)
+    if cfg.pick_rois:
+        return {"boxes": roi_picker.pick_rois(cfg.root, slices, cfg.models, cfg.web, cfg.port)}
+    keys = list(dict.fromkeys(key for key, _ in slices))
+    drawn, nets = read_boxes(cfg.root), load_networks(cfg)
+    if lacks := incomplete(drawn):
+        raise InputError(f"{rois_path(cfg.root)}: {lacks[0]}")
     strength, curve = tune(cfg)
     print(f"non-local means: strength {strength:g} of " + ", ".join(f"{s} (MSE {e:.4f})" for s, e in curve.items()))
     digests = {model: sha256(cfg.root / "runs" / model / "best.pt") + f" flips {cfg.flips}" for model in nets}

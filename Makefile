@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 D := $(ROOT)/data
+# A cohort without a truth is one of own studies: nothing is simulated beside it.
+TRUTH := $(D)/truth.zarr/zarr.json
+SIMULATED := $(if $(wildcard $(D)/cohort.csv),$(wildcard $(TRUTH)),$(TRUTH))
 
 .PHONY: setup setup-dev demo report tune apddm test lint bench clean
 .DELETE_ON_ERROR:
@@ -26,10 +29,10 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 	touch $@ $(VENV)/.run
 
 # The libraries a stage needs are no reason to run it again: the environment is an order-only prerequisite.
-$(D)/truth.zarr/zarr.json: 00_simulate.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
+$(TRUTH): 00_simulate.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
 	$(PY) 00_simulate.py --preset $(PRESET) --root $(ROOT)
 
-$(D)/curated.zarr/zarr.json: 01_curate.py quality.py paravision.py common.py $(D)/truth.zarr/zarr.json $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
+$(D)/curated.zarr/zarr.json: 01_curate.py cohort.py quality.py formats.py paravision.py common.py $(SIMULATED) $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
 	$(PY) 01_curate.py --preset $(PRESET) --root $(ROOT)
 
 $(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.json | $(VENV)/.run
@@ -38,17 +41,24 @@ $(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.jso
 $(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py likeness.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
 	$(PY) 03_train_unet.py --preset $(PRESET) --root $(ROOT)
 
-$(ROOT)/results/summary.json: 06_evaluate.py networks.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
+$(ROOT)/results/summary.json: 06_evaluate.py networks.py rois.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
 	$(PY) 06_evaluate.py --preset $(PRESET) --root $(ROOT)
 
-$(ROOT)/reports/results.html: notebooks/results.ipynb $(ROOT)/results/summary.json | $(VENV)/.run
+define page
 	mkdir -p $(ROOT)/reports
 	$(VENV)/bin/papermill --no-progress-bar -p root $(abspath $(ROOT)) $< $(@:.html=.ipynb)
 	$(VENV)/bin/jupyter nbconvert --log-level ERROR --to html --no-input \
 		--HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= $(@:.html=.ipynb)
+endef
 
-report: $(ROOT)/reports/results.html
-	@echo "report: $<"
+$(ROOT)/reports/curation.html: notebooks/curation.ipynb $(D)/pairs.zarr/zarr.json | $(VENV)/.run
+	$(page)
+
+$(ROOT)/reports/results.html: notebooks/results.ipynb $(ROOT)/results/summary.json | $(VENV)/.run
+	$(page)
+
+report: $(ROOT)/reports/results.html $(ROOT)/reports/curation.html
+	@echo "report: $^"
 
 # The search and the diffusion model take longer than the demo may: targets of their own, resumed by the same command.
 tune: $(D)/pairs.zarr/zarr.json
@@ -68,7 +78,9 @@ test: setup-dev
 # Each goes on where it was stopped; the ablations train on the experiment in ROOT and take long.
 bench: $(ROOT)/runs/unet/summary.json
 	$(PY) benchmarks/train_step.py
+	$(PY) benchmarks/viewer.py
 	$(PY) benchmarks/kill_resume.py
+	$(PY) benchmarks/fuzz.py
 	$(PY) benchmarks/alignment.py --root $(ROOT)
 	$(PY) benchmarks/apddm_ablation.py --root $(ROOT)
 

@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -265,8 +265,8 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any
         writer.writerows(rows)
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read a CSV table.
+def read_table(path: Path, columns: Sequence[str], optional: Collection[str] = ()) -> list[dict[str, str]]:
+    """Read a CSV table; `optional` columns that it lacks are empty.
 
     Raises
     ------
@@ -277,8 +277,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             found = list(reader.fieldnames or [])
-            if set(found) != set(columns):
-                odd = sorted(set(found) ^ set(columns))
+            if odd := sorted((set(found) - set(columns)) | (set(columns) - set(found) - set(optional))):
                 raise InputError(f"{path}: unknown or missing column {', '.join(odd)}, expected {', '.join(columns)}")
             rows = list(reader)
     except FileNotFoundError:
@@ -287,8 +286,8 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         raise InputError(f"{path}: {error}, expected a CSV table in UTF-8") from None
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise InputError(f"{path}: line {number} has not {len(columns)} fields, expected one per column")
-    return rows
+            raise InputError(f"{path}: line {number} has not {len(found)} fields, expected one per column")
+    return [dict.fromkeys(columns, "") | row for row in rows]
 
 
 # ---------------------------------------------------------------- stores

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import logging
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import lazy_loader as lazy
 import numpy as np
 
 from common import Array, InputError, atomic_path, fingerprint, safe_name, sha256
-from paravision import Scan, read_paravision, recos_of, scan_folders
+from paravision import Scan, index_scan, place_of, read_paravision, recos_of, scan_folders
 
 nibabel: Any = lazy.load("nibabel")
 pydicom: Any = lazy.load("pydicom")
@@ -23,6 +27,8 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes from NIfTI's, and back
 GROUPS = {"ImagePositionPatient": "PlanePosition", "ImageOrientationPatient": "PlaneOrientation"}
 GROUPS |= dict.fromkeys(("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"), "PixelMeasures")
 GROUPS |= dict.fromkeys(("RescaleSlope", "RescaleIntercept"), "PixelValueTransformation")
+NOT_MAGNITUDE = {"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"}  # in ImageType, or the complex component
+MOST = 2**29  # voxels of a scan; a few bytes of a damaged header must not fill the memory
 
 
 def public_id(subject: str, names: Iterable[str]) -> str:
@@ -33,10 +39,53 @@ def public_id(subject: str, names: Iterable[str]) -> str:
     return safe_name(subject)
 
 
+@contextlib.contextmanager
+def _faults_of(path: Path, expected: str) -> Iterator[None]:
+    """Whatever a parser meets in a damaged file is a fault of that file, and what it warns of is no news."""
+    logger = logging.getLogger("nibabel.global")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", RuntimeWarning)  # numbers too large for what they become
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).replace(str(path), path.name).split())[:150] or type(error).__name__
+        raise InputError(f"{path}: {reason}, expected {expected}") from None
+    finally:
+        logger.setLevel(level)
+
+
 def as_scan(image: Array, affine: Array, parameters: dict[str, Any]) -> Scan:
-    """A scan whose distances follow from its affine."""
+    """A scan whose geometry follows from its affine; what its format does not say of it is None or empty."""
     z, y, x = np.linalg.norm(affine[:3, 2::-1], axis=0).tolist()
-    return Scan(np.ascontiguousarray(image, np.float32), affine, (z, y, x), parameters)
+    unknown: dict[str, Any] = dict.fromkeys(("averages", "tr_ms", "te_ms", "thickness_mm"))
+    unknown |= dict.fromkeys(("subject_uid", "study", "study_uid", "scan_name", "protocol", "sequence", "date"), "")
+    known = unknown | {"phase_axis": "y"} | place_of(affine, image.shape) | parameters
+    return Scan(np.ascontiguousarray(image, np.float32), affine, (z, y, x), known)
+
+
+def read_source(path: Path) -> Scan:
+    """Read a 2dseq of ParaVision, a NIfTI file, or a DICOM series (its folder, or one file that holds it all)."""
+    if path.name == "2dseq":
+        return read_paravision(path)
+    return read_nifti(path) if path.name.lower().endswith((".nii", ".nii.gz")) else read_dicom(path)
+
+
+def describe_source(path: Path) -> tuple[str, dict[str, Any], str]:
+    """Number of the reconstruction (ParaVision only) and parameters of a scan; or why it cannot be used."""
+    if (path / "pdata").is_dir():
+        return index_scan(path)
+    try:
+        found = read_source(path).parameters
+        if not found.get("placed", True):
+            raise InputError("no sform and no qform found, expected the place of the scan in the scanner")
+        return "", found, ""
+    except InputError as error:
+        return "", {}, str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
 
 
 def lowest_reco(scan: Path, matrices: Sequence[Sequence[int]] = ()) -> Path:
@@ -141,17 +190,17 @@ def read_scan(path: Path) -> tuple[Scan, str, str]:
         If the reader refuses the scan, or it holds no image.
     """
     if path.is_dir():
-        scan, digest = read_dicom(path), sha256(path)
+        scan, digest = read_source(path), sha256(path)
         name = f"{scan.parameters['subject']}_series{scan.parameters['series']}"
     elif path.name == "2dseq":
         path = path.resolve()
-        scan, digest = read_paravision(path), fingerprint(sha256(path), sha256(path.with_name("visu_pars")))
+        scan, digest = read_source(path), fingerprint(sha256(path), sha256(path.with_name("visu_pars")))
         subject = public_id(scan.parameters["subject"] or "unnamed", header_names(path))
         scan.parameters["subject"] = subject
         name = f"{subject}_scan{safe_name(path.parents[2].name)}" if study_of(path) != path.parent else subject
         name += f"_reco{safe_name(path.parent.name)}"
     else:
-        scan, digest = read_nifti(path), sha256(path)
+        scan, digest = read_source(path), sha256(path)
         name = scan.parameters["subject"]
     if not np.isfinite(scan.image).all() or not scan.image.any():
         fault = "only zeros" if np.isfinite(scan.image).all() else "NaN or infinity"
@@ -165,29 +214,38 @@ def read_nifti(path: Path) -> Scan:
     Returns
     -------
     Scan
-        `parameters` hold `subject` (the file's name) and `space` (NIfTI's code of the coordinates).
+        `parameters` hold `subject` (the file's name), `space` (NIfTI's code of the coordinates) and `placed` (whether
+        the file says where the scan lies).
 
     Raises
     ------
     InputError
         If the file is missing or damaged or is not one volume of real numbers.
     """
-    try:
+    with _faults_of(path, "a NIfTI volume"):
         found = nibabel.load(path)
+        if math.prod(found.shape) > MOST:
+            raise ValueError(f"{found.shape} voxels")
+        with nibabel.openers.Opener(path) as stream:  # as it is in the file: nibabel mends a size of 0 to 1 mm
+            header = type(found.header).from_fileobj(stream, check=False)
+            end = int(header["vox_offset"]) + math.prod(found.shape) * header.get_data_dtype().itemsize
+            stream.seek(end)
+            if stream.read(1):
+                raise ValueError(f"more than {found.shape} voxels")
+        if not (header["pixdim"][1:4] > 0).all():
+            raise ValueError(f"voxels of {' x '.join(f'{size:g}' for size in header['pixdim'][1:4])}")
         unit = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}[found.header.get_xyzt_units()[0]]
         data = np.asanyarray(found.dataobj)
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, nibabel.filebasedimages.ImageFileError) as error:
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise InputError(f"{path}: {reason}, expected a NIfTI volume") from None
-    data = data.reshape(data.shape[:3]) if data.ndim > 3 and data.size == math.prod(data.shape[:3]) else data
-    if data.ndim != 3 or data.dtype.kind not in "iuf":
-        raise InputError(f"{path}: {data.dtype} of shape {data.shape} found, expected real numbers (x, y, slice)")
-    affine = np.diag([unit, unit, unit, 1.0]) @ found.affine
-    if abs(np.linalg.det(affine)) < 1e-12:
-        raise InputError(f"{path}: affine without volume found, expected voxels of some size")
-    space = max(int(found.header["sform_code"]), int(found.header["qform_code"]), 1)
-    stem = safe_name(path.name.removesuffix(".gz").removesuffix(".nii"))
-    return as_scan(data.transpose(2, 1, 0), affine, {"subject": stem, "space": space})
+        data = data.reshape(data.shape[:3]) if data.ndim > 3 and data.size == math.prod(data.shape[:3]) else data
+        if data.ndim != 3 or data.dtype.kind not in "iuf" or not data.size:
+            raise InputError(f"{path}: {data.dtype} of shape {data.shape} found, expected real numbers (x, y, slice)")
+        affine = np.diag([unit, unit, unit, 1.0]) @ found.affine
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+            raise InputError(f"{path}: affine without volume found, expected voxels of some size")
+        space = max(int(found.header["sform_code"]), int(found.header["qform_code"]))
+        parameters = {"subject": safe_name(path.name.removesuffix(".gz").removesuffix(".nii")), "space": max(space, 1)}
+        parameters |= {"placed": space > 0, "phase_axis": "x" if found.header.get_dim_info()[1] == 0 else "y"}
+        return as_scan(data.transpose(2, 1, 0), affine, parameters)
 
 
 def write_nifti(path: Path, image: Array, affine: Array, space: int = 1, description: str = "") -> None:
@@ -210,83 +268,126 @@ def _frames(data: Any) -> Iterator[dict[str, Any]]:
     shared = (data.get("SharedFunctionalGroupsSequence") or [None])[0]
     if data.get("SamplesPerPixel", 1) != 1 or data.get("NumberOfFrames", 1) not in (None, len(groups)):
         raise ValueError("colour or frames without a place found")
+    if len(groups) * data.Rows * data.Columns > MOST:
+        raise ValueError(f"{len(groups)} frames of {data.Columns} x {data.Rows} found")
     pixels = data.pixel_array.reshape(len(groups), data.Rows, data.Columns)
     for group, image in zip(groups, pixels, strict=True):
         found: dict[str, Any] = {}
+        parts = [part for part in (group, shared) if part is not None]
         for keyword, macro in GROUPS.items():
-            holders = [(part.get(f"{macro}Sequence") or [None])[0] for part in (group, shared) if part is not None]
+            holders = [(part.get(f"{macro}Sequence") or [None])[0] for part in parts]
             values = [holder.get(keyword) for holder in (*holders, data) if holder is not None]
             found[keyword] = next((np.ravel(value).astype(float) for value in values if value is not None), None)
+        types = [(part.get("MRImageFrameTypeSequence") or [{}])[0] for part in parts] + [data]
+        said = [t.get("ComplexImageComponent", "") for t in types]
+        said += [word for t in types for word in np.ravel(t.get("FrameType") or t.get("ImageType") or [])[2:]]
+        if odd := NOT_MAGNITUDE & {str(word).upper() for word in said}:
+            raise ValueError(f"an image of kind {min(odd)} found")
         slope, intercept = (found[name] for name in ("RescaleSlope", "RescaleIntercept"))
         found["image"] = image * (1.0 if slope is None else slope) + (0.0 if intercept is None else intercept)
+        if not np.isfinite(found["image"]).all():
+            raise ValueError(f"RescaleSlope {slope}, RescaleIntercept {intercept} found")
         yield found
 
 
-def read_dicom(folder: Path) -> Scan:
-    """Read the one series of a folder of DICOM files as one even stack of slices.
+def _images(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Header and frame of every frame below a folder, or in a file; what is no image is passed by."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        with _faults_of(file, "a readable DICOM image of one channel"):
+            try:
+                data = pydicom.dcmread(file)
+            except pydicom.errors.InvalidDicomError:
+                if file == path or file.suffix.lower() in (".dcm", ".ima"):
+                    raise
+                continue
+            kind = pydicom.uid.UID(str(data.file_meta.get("MediaStorageSOPClassUID") or data.get("SOPClassUID") or ""))
+            if "PixelData" not in data and kind.type == "SOP Class" and "Image" not in kind.name:
+                continue  # an index of the folder, a report; else an image that is cut off
+            frames = list(_frames(data))
+        yield from ((data, frame) for frame in frames)
+
+
+def read_dicom(path: Path) -> Scan:
+    """Read the one series of a folder of DICOM files, or of one file, as one even stack of slices.
 
     Returns
     -------
     Scan
         In rescaled units; `parameters` hold `subject` (the patient's id, without a name in it), `series`, `study_uid`,
-        `frame_uid`, and `tr_ms`, `te_ms`, `thickness_mm` if the headers say them.
+        `frame_uid`, and what the headers say of `tr_ms`, `te_ms`, `thickness_mm`, `averages`, `date` and `protocol`.
 
     Raises
     ------
     InputError
-        If there is no image, one cannot be decoded, there are several series, or the slices are not one even stack.
+        If there is no image, one cannot be decoded or is no magnitude, there are several series, or the slices are
+        not one even stack.
     """
-    headers: list[Any] = []
-    frames: list[dict[str, Any]] = []
-    for path in sorted(file for file in folder.iterdir() if file.is_file()):
-        try:
-            data = pydicom.dcmread(path)
-            if "PixelData" not in data:
-                continue  # an index of the folder
-            frames += _frames(data)
-        except pydicom.errors.InvalidDicomError:
-            continue
-        except (AttributeError, ValueError, RuntimeError, NotImplementedError, EOFError, TypeError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise InputError(f"{path}: {reason}, expected a readable DICOM image of one channel") from None
-        headers.append(data)
+    with _faults_of(path, "the DICOM files of one series"):
+        return _stack(path, list(_images(path)))
 
-    def demand(good: bool, found: str, expected: str) -> None:
+
+def _stack(path: Path, images: list[tuple[Any, dict[str, Any]]]) -> Scan:
+    """One stack of all frames, in order along their normal."""
+
+    def demand(good: Any, found: str, expected: str) -> None:
         if not good:
-            raise InputError(f"{folder}: {found} found, expected {expected}")
+            raise InputError(f"{path}: {found} found, expected {expected}")
 
-    demand(bool(headers), "no scan", "ParaVision scans or the DICOM files of one series")
-    series = {str(data.get("SeriesInstanceUID")) for data in headers}
+    demand(images, "no scan", "ParaVision scans or the DICOM files of one series")
+    first, frames = images[0][0], [frame for _, frame in images]
+    series = {str(data.get("SeriesInstanceUID")) for data, _ in images}
     demand(len(series) == 1, f"{len(series)} DICOM series", "the files of one series alone")
-    required = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-    missing = sorted({name for frame in frames for name in required if frame[name] is None})
-    demand(not missing, f"no {', '.join(missing)}", "images with their place in the scanner")
+    required = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+    for name, size in required.items():
+        values = [frame[name] for frame in frames]
+        demand(all(value is not None for value in values), f"no {name}", "images with their place in the scanner")
+        good = all(value.size == size and np.isfinite(value).all() for value in values)
+        demand(good, f"odd {name}", f"{size} finite numbers")
+        apart = max(np.abs(value - values[0]).max() for value in values)
+        demand(apart < 1e-3 or name == "ImagePositionPatient", f"slices of different {name}", "one stack")
     sizes = sorted({frame["image"].shape for frame in frames})
     demand(len(sizes) == 1, f"matrices {sizes}", "one matrix in all slices")
-    for name in required[1:]:
-        apart = max(np.abs(frame[name] - frames[0][name]).max() for frame in frames)
-        demand(apart < 1e-3, f"slices of different {name}", "one stack")
     x, y = frames[0]["ImageOrientationPatient"].reshape(2, 3)
+    apart = np.abs([x @ x - 1, y @ y - 1, x @ y]).max()
+    row, column = frames[0]["PixelSpacing"]
+    demand(apart < 1e-3 and min(row, column) > 0, "odd axes or pixels", "perpendicular axes, pixels of some size")
     normal = np.cross(x, y)
     frames.sort(key=lambda frame: float(frame["ImagePositionPatient"] @ normal))
     position = np.stack([frame["ImagePositionPatient"] for frame in frames])
-    thickness = frames[0]["SliceThickness"]
-    distance = next((float(v[0]) for v in (frames[0]["SpacingBetweenSlices"], thickness) if v is not None), 1.0)
+    thickness = _positive(frames[0]["SliceThickness"])
+    distance = _positive(frames[0]["SpacingBetweenSlices"]) or thickness or 1.0
     steps = np.diff(position, axis=0) if len(frames) > 1 else normal[None] * distance
     step = steps.mean(axis=0)
-    even = np.abs(steps - step).max() < 0.01 < np.linalg.norm(step)
-    demand(bool(even), "slices at uneven or equal places", "one even stack")
+    even = np.abs(steps - step).max() < 0.01 < abs(step @ normal)
+    demand(even, "slices at uneven or equal places", "one even stack")
     affine = np.eye(4)
-    row, column = frames[0]["PixelSpacing"]
     affine[:3] = np.column_stack([x * column, y * row, step, position[0]])
-    first = headers[0]
     subject = public_id(str(first.get("PatientID") or "unnamed"), [str(first.get("PatientName", ""))])
     parameters: dict[str, Any] = {"subject": subject, "series": int(first.get("SeriesNumber") or 0)}
-    parameters |= {"study_uid": str(first.get("StudyInstanceUID", ""))}
-    parameters |= {"frame_uid": str(first.get("FrameOfReferenceUID", ""))}
-    numbers = {"tr_ms": first.get("RepetitionTime"), "te_ms": first.get("EchoTime"), "thickness_mm": thickness}
-    parameters |= {name: float(np.ravel(value)[0]) for name, value in numbers.items() if value is not None}
+    parameters |= {"study_uid": str(first.get("StudyInstanceUID", "")), "thickness_mm": thickness}
+    parameters |= {"frame_uid": str(first.get("FrameOfReferenceUID", "")), "date": _date(first)}
+    parameters |= {"protocol": " ".join(str(first.get("ProtocolName") or first.get("SeriesDescription") or "").split())}
+    numbers = {"tr_ms": "RepetitionTime", "te_ms": "EchoTime", "averages": "NumberOfAverages"}
+    parameters |= {name: _positive(first.get(keyword)) for name, keyword in numbers.items()}
+    parameters |= {"phase_axis": "x" if first.get("InPlanePhaseEncodingDirection") == "ROW" else "y"}
     return as_scan(np.stack([frame["image"] for frame in frames]), LPS @ affine, parameters)
+
+
+def _positive(value: Any) -> float | None:
+    """The first number of a value if it is finite and positive."""
+    found = [float(number) for number in np.ravel([] if value is None else value)[:1]]
+    return next((number for number in found if math.isfinite(number) and number > 0), None)
+
+
+def _date(data: Any) -> str:
+    """When a series was acquired, in ISO form; empty if its header does not say it."""
+    texts = [str(data.get("AcquisitionDateTime") or "")]
+    texts += [f"{data.get(f'{name}Date') or ''}{data.get(f'{name}Time') or ''}" for name in ("Acquisition", "Series")]
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(text[:14], "%Y%m%d%H%M%S").isoformat()
+    return ""
 
 
 def write_dicom(folder: Path, scan: Scan, mark: str, description: str) -> None:

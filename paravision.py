@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import os
 import re
+import shutil
 import warnings
+import zipfile
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from common import Array, InputError
+from common import Array, InputError, atomic_path
+
+ARCHIVES = (".zip", ".pvdatasets")  # ParaVision's own archives are zip files too
+READ = ("2dseq", "visu_pars", "method", "acqp", "subject")  # files that the reader needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +117,78 @@ def number(name: str) -> float:
 
 
 def scan_folders(raw: Path) -> list[Path]:
-    """Every folder below raw that holds pdata, sorted by study and scan number; links are followed once."""
+    """Every folder below raw that holds pdata, sorted by study and scan number; links are followed once.
+
+    Hidden folders are not entered: they hold snapshots of the file system and what was thrown away.
+    """
     if not raw.is_dir():
         raise InputError(f"{raw}: no such folder, expected ParaVision studies")
     scans, seen = [], set()
     for folder, names, _ in os.walk(raw, followlinks=True):
-        names.sort()
+        names[:] = sorted(name for name in names if not name.startswith("."))
         if "pdata" in names and os.path.realpath(folder) not in seen:
             scans.append(Path(folder))
         if "pdata" in names or os.path.realpath(folder) in seen:
             names.clear()
         seen.add(os.path.realpath(folder))
     return sorted(scans, key=lambda scan: (scan.parent, number(scan.name), scan.name))
+
+
+def find_archives(raw: Path) -> list[str]:
+    """Every zip archive below raw that is not inside of a scan, relative to it."""
+    found = []
+    for folder, names, files in os.walk(raw):
+        names[:] = sorted(name for name in names if not name.startswith(".") and "pdata" not in names)
+        archives = (file for file in files if file.lower().endswith(ARCHIVES) and not file.startswith("."))
+        found += [str((Path(folder) / file).relative_to(raw)) for file in archives]
+    return sorted(found)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write what the reader needs of the ParaVision scans in a zip archive to a new folder.
+
+    Raises
+    ------
+    InputError
+        If the archive is damaged, encrypted, too large for the disk, names a place outside of the folder, or holds
+        no scan.
+    """
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+    try:
+        with zipfile.ZipFile(archive) as packed, atomic_path(folder) as partial:
+            _unpack(packed, partial)
+    except InputError as error:
+        raise InputError(f"{archive}: {error}") from None
+    except OSError as error:
+        if error.errno in full:
+            raise
+        raise InputError(f"{archive}: {error.strerror or error}, expected a whole zip archive") from None
+    except Exception as error:  # whatever the parser meets in a damaged archive is a fault of it
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:150]
+        raise InputError(f"{archive}: {reason}, expected a whole zip archive") from None
+
+
+def _unpack(packed: zipfile.ZipFile, folder: Path) -> None:
+    folder.mkdir()
+    names = {item: PurePosixPath(item.filename) for item in packed.infolist()}
+    scans = {item: name for item, name in names.items() if "pdata" in name.parts or name.name in READ}
+    scans = {item: name for item, name in scans.items() if name.parts[0] != "__MACOSX"}  # what a Mac adds
+    if not any("pdata" in name.parts for name in scans.values()):
+        raise InputError("no scan found, expected an archive of ParaVision studies")
+    if odd := [name for name in scans.values() if name.is_absolute() or ".." in name.parts]:
+        raise InputError(f"file {str(odd[0])!r} outside of the archive found, expected relative names")
+    wanted = {item: name for item, name in scans.items() if name.name in READ and not item.is_dir()}
+    if any(item.flag_bits & 1 for item in wanted):
+        raise InputError("encrypted files found, expected an archive without a password")
+    size, free = sum(item.file_size for item in wanted), shutil.disk_usage(folder).free
+    if size > 0.9 * free:  # the sizes are those of the archive's directory, and no more is ever read
+        raise InputError(f"{size / 1e9:.1f} GB unpacked found, expected less than what is free, {free / 1e9:.1f} GB")
+    for item, name in scans.items():
+        place = folder / name
+        (place if item.is_dir() else place.parent).mkdir(parents=True, exist_ok=True)
+        if item in wanted:
+            with packed.open(item) as source, place.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
 
 
 def recos_of(scan: Path) -> list[Path]:
@@ -213,11 +279,34 @@ def _place(data: _Parameters, frames: int, size: tuple[int, int]) -> tuple[Array
     return affine, (z, y, x)
 
 
-def _describe(data: _Parameters, affine: Array, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What the scan is; centres are those of the field of view of each slice, axes the directions of x, y, normal."""
+def place_of(affine: Array, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Geometry of a stack (slice, y, x) as plain data.
+
+    Returns
+    -------
+    dict
+        `matrix` and `fov_mm` [x, y], `slices`, `distance_mm`, `plane` (nearest), `axes` (directions of x, y and the
+        step from slice to slice, RAS) and `centres_mm` of each slice's field of view, where pixel n / 2 lies.
+    """
     frames, ny, nx = shape
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = affine[:3, :3] / size
     centres = affine[:3, 3] + affine[:3, :2] @ (nx / 2, ny / 2) + np.arange(frames)[:, None] * affine[:3, 2]
+    return {
+        "matrix": [nx, ny],
+        "fov_mm": [float(size[0] * nx), float(size[1] * ny)],
+        "slices": frames,
+        "distance_mm": float(size[2]),
+        "plane": ("sagittal", "coronal", "axial")[int(np.abs(np.cross(axes[:, 0], axes[:, 1])).argmax())],
+        "axes": axes.T.tolist(),
+        "centres_mm": centres.tolist(),
+    }
+
+
+def _describe(data: _Parameters, affine: Array, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the scan is."""
+    geometry = place_of(affine, shape)
+    axes = np.transpose(geometry["axes"])
     main = np.abs(axes).argmax(axis=0)  # the patient's axis (0 left-right, 1 front-back, 2 head-foot) nearest to each
     read = {"L": 0, "A": 1, "H": 2}.get(data.text("PVM_SPackArrReadOrient")[:1], -1)
     across = read == main[1] or (read != main[0] and data.text("VisuAcqImagePhaseEncDir") == "row_dir")
@@ -228,7 +317,7 @@ def _describe(data: _Parameters, affine: Array, shape: tuple[int, ...]) -> dict[
         date = when.replace(tzinfo=None).isoformat(timespec="seconds")
     except ValueError:
         date = ""
-    return {
+    return geometry | {
         "subject": data.text("VisuSubjectId", "SUBJECT_id"),
         "subject_uid": data.text("VisuSubjectUid", "SUBJECT_instance_uid", "SUBJECT_patient_instance_uid"),
         "study": data.text("VisuStudyId", "SUBJECT_study_name"),
@@ -240,16 +329,10 @@ def _describe(data: _Parameters, affine: Array, shape: tuple[int, ...]) -> dict[
         "tr_ms": data.number("PVM_RepetitionTime", "VisuAcqRepetitionTime"),
         "te_ms": data.number("EffectiveTE", "VisuAcqEchoTime"),
         "rare_factor": data.number("PVM_RareFactor", "VisuAcqEchoTrainLength"),
-        "matrix": [nx, ny],
         "acquired_matrix": np.ravel(data.get("PVM_EncMatrix", "VisuAcqSize")).tolist(),
         "fov_mm": data.array("VisuCoreExtent", 2).tolist(),
-        "slices": frames,
-        "thickness_mm": float(data.array("VisuCoreFrameThickness", frames)[0]),
-        "distance_mm": float(np.linalg.norm(affine[:3, 2])),
-        "plane": ("sagittal", "coronal", "axial")[int(np.abs(np.cross(axes[:, 0], axes[:, 1])).argmax())],
+        "thickness_mm": float(data.array("VisuCoreFrameThickness", shape[0])[0]),
         "phase_axis": "x" if across else "y",
-        "axes": axes.T.tolist(),
-        "centres_mm": centres.tolist(),
         "date": date,
         "paravision": data.text("VisuCreatorVersion", "VisuAcqSoftwareVersion", "ACQ_sw_version"),
         "subject_position": data.text("VisuSubjectPosition"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import pytest
 import zarr
 from test_paravision import write_scan
 
-from common import InputError, open_curated, scan_attributes, write_table
+import cohort as cohort_module
+import formats
+from common import InputError, open_curated, scan_attributes, sha256, write_table
 from paravision import read_paravision
 
 curate = importlib.import_module("01_curate")
@@ -302,8 +307,8 @@ def test_roles_by_hand_pair_scans_of_one_kind(root):
 
 
 def test_cohort_written_by_hand_before_the_first_run(root):
-    rows = [dict.fromkeys(curate.COHORT, "") | {"study": "mouse01", "scan": "2", "subject": "anna"}]
-    write_table(root / "data/cohort.csv", curate.COHORT, rows)
+    rows = [dict.fromkeys(cohort_module.COHORT, "") | {"study": "mouse01", "scan": "2", "subject": "anna"}]
+    write_table(root / "data/cohort.csv", cohort_module.COHORT, rows)
     run(root)
     assert open_curated(root).scans == ["anna/HT/axial", "mouse02/unknown/coronal"]
 
@@ -327,7 +332,9 @@ def test_decisions_about_slices_are_kept_and_hold(root):
     # A pair that is away for a while keeps them too.
     shutil.move(root / "data/raw/mouse01", root / "away")
     write_table(
-        root / "data/cohort.csv", curate.COHORT, [r for r in table(root / "data/cohort.csv") if r["study"] != "mouse01"]
+        root / "data/cohort.csv",
+        cohort_module.COHORT,
+        [r for r in table(root / "data/cohort.csv") if r["study"] != "mouse01"],
     )
     assert run(root)["pairs"] == 1
     shutil.move(root / "away", root / "data/raw/mouse01")
@@ -359,13 +366,24 @@ def test_faults_of_the_cohort(root, change, reason):
 def test_unknown_columns_and_odd_decisions(root):
     run(root)
     rows = table(root / "data/cohort.csv")
-    write_table(root / "data/cohort.csv", [*curate.COHORT, "weight"], [row | {"weight": "20"} for row in rows])
+    write_table(root / "data/cohort.csv", [*cohort_module.COHORT, "weight"], [row | {"weight": "20"} for row in rows])
     with pytest.raises(InputError, match=r"cohort.csv: unknown or missing column weight"):
         run(root)
-    write_table(root / "data/cohort.csv", curate.COHORT, rows)
+    write_table(root / "data/cohort.csv", cohort_module.COHORT, rows)
     edit(root, "slices", mouse01__HT__axial__1={"decision": "perhaps"})
     with pytest.raises(InputError, match=r"slices.csv: line 3: decision 'perhaps' found"):
         run(root)
+
+
+def test_decisions_of_a_version_with_fewer_measures_are_kept(root):
+    run(root)
+    edit(root, "slices", mouse01__HT__axial__1={"decision": "drop"})
+    columns = [name for name in curate.SLICES if name != "correlation"]
+    rows = [{name: row[name] for name in columns} for row in table(root / "data/slices.csv")]
+    write_table(root / "data/slices.csv", columns, rows)
+    run(root)
+    assert not open_curated(root).read("mouse01/HT/axial", "keep")[1]
+    assert all(row["correlation"] for row in table(root / "data/slices.csv"))
 
 
 def test_two_regions_for_one_pair_are_an_error(root):
@@ -415,6 +433,16 @@ def test_slices_of_nan_and_of_zeros_are_dropped_with_the_reason(root):
     assert not store.read("odd/unknown/axial", "keep")[1:4].any()
 
 
+def test_pixels_of_another_byte_order_than_the_header_says_are_refused(root):
+    """Half of them are then below zero, which no magnitude is."""
+    path = root / "data/raw/mouse02/1/pdata/1/2dseq"
+    path.write_bytes(np.fromfile(path, "<i2").astype(">i2").tobytes())
+    assert run(root)["pairs"] == 1
+    assert re.fullmatch(
+        r"\d+% of the low scan below zero, expected magnitude images", cohort(root)["mouse02/2"]["reason"]
+    )
+
+
 @pytest.mark.parametrize("value", [0, np.nan])
 def test_a_scan_of_nothing_else_is_refused_and_the_others_go_on(root, value):
     black = {"stack": np.full((5, 64, 64), value, np.float32), "VisuCoreWordType": "_32BIT_FLOAT"}
@@ -429,6 +457,256 @@ def test_a_scan_of_nothing_else_is_refused_and_the_others_go_on(root, value):
     (root / "data/cohort.csv").unlink()
     with pytest.raises(InputError, match="no pair of 1 can be used; every slice is empty"):
         run(root)
+
+
+# ---------------------------------------------------------------- NIfTI, DICOM and archives
+
+
+def write_named(raw: Path, low_form: str = "nii", high_form: str = "nii", **changes: Any) -> tuple[Path, Path]:
+    """The two scans of a study in other formats, outside of any study; `changes` as in write_study."""
+    write_study(raw.parent / "source", "m", **changes)
+    paths = []
+    for scan, role, form in ((1, "low", low_form), (2, "high", high_form)):
+        found = read_paravision(raw.parent / f"source/m/{scan}/pdata/1/2dseq")
+        path = raw / f"{role}_{form}" if form == "dicom" else raw / f"m_HT_{role}.nii.gz"
+        raw.mkdir(parents=True, exist_ok=True)
+        if form == "dicom":
+            formats.write_dicom(path, found, role, "T2 thorax-abdomen")
+        else:
+            formats.write_nifti(path, found.image, found.affine)
+        paths.append(path)
+    shutil.rmtree(raw.parent / "source")
+    return paths[0], paths[1]
+
+
+def name_scans(root: Path, *rows: dict[str, str]) -> None:
+    """A cohort written by hand, with the columns that are needed and no others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_table(root / "data/cohort.csv", columns, rows)
+
+
+@pytest.mark.parametrize(("low_form", "high_form"), [("nii", "nii"), ("dicom", "dicom"), ("nii", "dicom")])
+def test_named_pair_equals_the_studies_it_was_made_of(tmp_path, low_form, high_form):
+    low, high = write_named(tmp_path / "data/raw", low_form, high_form)
+    write_study(tmp_path / "plain/data/raw", "m")
+    name_scans(
+        tmp_path,
+        {"study": low.name, "subject": "mickey", "role": "low", "region": "HT"},
+        {"study": str(high), "subject": "mickey", "role": "high", "region": "HT"},
+    )
+    for _ in range(2):
+        assert run(tmp_path)["pairs"] == 1
+    run(tmp_path / "plain")
+    one, other = open_curated(tmp_path), open_curated(tmp_path / "plain")
+    key, plain = "mickey/HT/axial", "m/unknown/axial"
+    assert one.scans == [key]
+    for name in ("low", "high"):
+        np.testing.assert_allclose(one.read(key, name), other.read(plain, name), rtol=1e-4, atol=0.05)
+        mine, wanted = one.attrs(key)[f"affine_{name}"], other.attrs(plain)[f"affine_{name}"]
+        np.testing.assert_allclose(mine, wanted, atol=1e-5)
+    assert (one.attrs(key)["source_low"], one.attrs(key)["source_high"]) == (low.name, str(high))
+    assert one.attrs(key)["sha256_low"] == sha256(low)
+    row = cohort(tmp_path)[f"{low.name}/"]
+    assert (row["use"], row["pair"], row["matrix"], row["fov_mm"], row["slices"]) == ("yes", key, "32x32", "20x20", "5")
+    assert row["thickness_mm"] == ("0.8" if low_form == "dicom" else "")
+
+
+def test_role_and_region_of_named_scans_follow_from_matrix_and_name(tmp_path):
+    write_named(tmp_path / "data/raw")
+    name_scans(tmp_path, *({"study": f"m_HT_{role}.nii.gz", "subject": "m"} for role in ("low", "high")))
+    run(tmp_path)
+    assert open_curated(tmp_path).scans == ["m/HT/axial"]
+    assert cohort(tmp_path)["m_HT_low.nii.gz/"]["role"] == "low"
+
+
+def test_named_scans_of_a_changed_file_are_imported_again(tmp_path):
+    low, _ = write_named(tmp_path / "data/raw")
+    name_scans(tmp_path, *({"study": f"m_HT_{role}.nii.gz", "subject": "m"} for role in ("low", "high")))
+    run(tmp_path)
+    before = open_curated(tmp_path).read("m/HT/axial", "low")
+    scan = formats.read_nifti(low)
+    formats.write_nifti(low, 2 * scan.image, scan.affine)
+    run(tmp_path)
+    np.testing.assert_array_equal(open_curated(tmp_path).read("m/HT/axial", "low"), 2 * before)
+
+
+@pytest.mark.parametrize(
+    ("reason", "form"),
+    [  # NIfTI does not say how thick a slice is
+        (reason, form)
+        for reason, form in itertools.product(MISFITS, ("nii", "dicom"))
+        if "averages" not in reason and (form, reason[:9]) != ("nii", "thickness")
+    ],
+)
+def test_named_scans_that_do_not_fit_are_no_pair(root, reason, form):
+    names = [path.name for path in write_named(root / "data/raw", form, form, high=MISFITS[reason])]
+    name_scans(root, *({"study": name, "subject": "odd"} for name in names))
+    assert run(root)["pairs"] == 2
+    row = cohort(root)[f"{names[0]}/"]
+    assert (row["use"], row["pair"], row["role"]) == ("no", "", "")
+    assert row["reason"].startswith(f"no partner; {names[1]}: ")
+    assert reason in row["reason"]
+
+
+def test_grids_whose_edges_agree_are_a_pair_too(tmp_path):
+    """Other programs place the edges of both grids alike, ParaVision the pixels n / 2; 02 follows the affines."""
+    low, high = write_named(tmp_path / "data/raw")
+    scan, fine = formats.read_nifti(low), formats.read_nifti(high)
+    shift = scan.affine[:3, :2] @ [0.25, 0.25]
+    moved = scan.affine.copy()
+    moved[:3, 3] += shift
+    formats.write_nifti(low, scan.image, moved)
+    name_scans(tmp_path, *({"study": path.name, "subject": "m"} for path in (low, high)))
+    assert run(tmp_path, only_index=True)["pairs"] == 1
+    moved[:3, 3] += shift
+    formats.write_nifti(low, scan.image, moved)
+    with pytest.raises(InputError, match=r"slice centres 0\.22 mm apart"):
+        run(tmp_path, only_index=True)
+    assert fine.parameters["placed"]
+
+
+def test_several_sessions_of_a_named_subject_need_a_region_each(tmp_path):
+    """Without a study and without dates, geometry alone would pair the scans of different days."""
+    names = []
+    for session in ("a", "b"):
+        paths = write_named(tmp_path / f"data/raw/{session}")
+        names += [(str(path.relative_to(tmp_path / "data/raw")), session) for path in paths]
+    name_scans(tmp_path, *({"study": name, "subject": "m"} for name, _ in names))
+    with pytest.raises(InputError, match="fits several scans, tell them apart by subject or region"):
+        run(tmp_path)
+    (tmp_path / "data/cohort.csv").unlink()
+    (tmp_path / "data/.cohort.automatic.csv").unlink()
+    name_scans(tmp_path, *({"study": name, "subject": "m", "region": f"HT-{s}"} for name, s in names))
+    run(tmp_path)
+    store = open_curated(tmp_path)
+    assert store.scans == ["m/HT-a/axial", "m/HT-b/axial"]
+    assert store.attrs("m/HT-a/axial")["source_high"] == "a/m_HT_high.nii.gz"
+
+
+FAULTS = {
+    "text": (lambda low, raw: low.write_text("no image"), "expected a NIfTI volume"),
+    "cut": (lambda low, raw: low.write_bytes(low.read_bytes()[:900]), "expected a NIfTI volume"),
+    "complex": (lambda low, raw: save(low, np.ones((32, 32, 5), np.complex64)), "complex64 of shape"),
+    "four": (lambda low, raw: save(low, np.ones((32, 32, 5, 2), np.float32)), r"float32 of shape \(32, 32, 5, 2\)"),
+    "nowhere": (lambda low, raw: save(low, np.ones((32, 32, 5), np.float32), None), "no sform and no qform"),
+    "phase": (lambda low, raw: save(low, None), "of the low scan below zero, expected magnitude images"),
+}
+
+
+def save(path: Path, data: np.ndarray | None, affine: Any = "own") -> None:
+    """Other voxels in a NIfTI file; none: those of a phase image."""
+    import nibabel
+
+    scan = formats.read_nifti(path)
+    data = scan.image.transpose(2, 1, 0) % 7 - 3 if data is None else data
+    nibabel.save(nibabel.Nifti1Image(data, scan.affine if affine is not None else None), path)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_named_scans_that_cannot_be_used_say_why_and_the_others_go_on(root, fault):
+    low, high = write_named(root / "data/raw")
+    change, reason = FAULTS[fault]
+    change(low, root)
+    name_scans(root, *({"study": path.name, "subject": "odd"} for path in (low, high)))
+    assert run(root)["pairs"] == 2
+    row = cohort(root)[f"{low.name}/"]
+    assert (row["use"], row["pair"]) == ("no", "")
+    assert re.search(reason, row["reason"])
+    assert str(root) not in row["reason"]
+
+
+def test_a_named_file_that_is_not_there_is_one_line(root):
+    name_scans(root, {"study": "gone/low.nii", "subject": "m"})
+    with pytest.raises(InputError, match=r"cohort\.csv: .*gone/low\.nii is no file or folder, expected one or no such"):
+        run(root)
+    name_scans(root, {"study": "x" * 5000, "subject": "m"})
+    with pytest.raises(InputError, match="is no file or folder"):
+        run(root)
+
+
+def pack(archive: Path, folder: Path, top: str = "") -> None:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            packed.write(file, f"{top}{file.relative_to(folder)}")
+
+
+@pytest.mark.parametrize("name", ["mouse01.zip", "sub/mouse01.PvDatasets"])
+@pytest.mark.parametrize("top", ["", "20240506_mouse01/"])
+def test_archive_of_a_study_equals_the_study(root, tmp_path_factory, name, top):
+    plain = tmp_path_factory.mktemp("plain")
+    shutil.copytree(root / "data/raw", plain / "data/raw")
+    archive = root / "data/raw" / name
+    archive.parent.mkdir(exist_ok=True)
+    (root / "data/raw/mouse01/1/fid").write_bytes(bytes(1000))
+    pack(archive, root / "data/raw/mouse01", top)
+    shutil.rmtree(root / "data/raw/mouse01")
+    for _ in range(2):
+        assert run(root)["pairs"] == 2
+        assert not (root / "data/.unpacked").exists()
+    run(plain)
+    key = "mouse01/HT/axial"
+    for part in ("low", "high", "keep"):
+        np.testing.assert_array_equal(open_curated(root).read(key, part), open_curated(plain).read(key, part))
+    study = f"{name}/{top}".rstrip("/")
+    assert open_curated(root).attrs(key)["source_low"] == f"{study}/1/pdata/1/2dseq"
+    assert open_curated(root).attrs(key)["sha256_low"] == open_curated(plain).attrs(key)["sha256_low"]
+    assert cohort(root)[f"{study}/2"]["role"] == "high"
+
+
+def test_a_study_beside_its_archive_is_used_once(root):
+    pack(root / "data/raw/mouse01.zip", root / "data/raw/mouse01")
+    assert run(root)["pairs"] == 2
+    assert cohort(root)["mouse01.zip/1"]["reason"] == "the same as mouse01/1"
+    assert open_curated(root).attrs("mouse01/HT/axial")["source_low"].startswith("mouse01/1")
+
+
+def encrypted(archive: Path) -> None:
+    data = bytearray(archive.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = data.find(mark)
+        while start >= 0:
+            data[start + place] |= 1
+            start = data.find(mark, start + 1)
+    archive.write_bytes(data)
+
+
+def outside(archive: Path) -> None:
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr("../../evil/pdata/1/2dseq", "x")
+
+
+def without_scan(archive: Path) -> None:
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("notes.txt", "x")
+
+
+BAD_ARCHIVES = {
+    "text": (lambda archive: archive.write_text("no archive"), "not a zip file"),
+    "cut": (lambda archive: archive.write_bytes(archive.read_bytes()[:-200]), "expected a whole zip archive"),
+    "damaged": (
+        lambda archive: archive.write_bytes(archive.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05")),
+        "expected a whole zip archive",
+    ),
+    "encrypted": (encrypted, "encrypted files found, expected an archive without a password"),
+    "outside": (outside, "outside of the archive found"),
+    "without a scan": (without_scan, "no scan found, expected an archive of ParaVision studies"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ARCHIVES)
+def test_archives_that_cannot_be_read_say_why_and_the_others_go_on(root, fault):
+    archive = root / "data/raw/bad.zip"
+    pack(archive, root / "data/raw/mouse01")
+    BAD_ARCHIVES[fault][0](archive)
+    assert run(root)["pairs"] == 2
+    row = cohort(root)["bad.zip/"]
+    assert (row["use"], row["pair"]) == ("no", "")
+    assert re.search(BAD_ARCHIVES[fault][1], row["reason"])
+    assert not (root / "data/.unpacked").exists()
+    assert not list(root.rglob("evil"))
+    archive.unlink()  # its line goes with it
+    assert run(root)["pairs"] == 2
+    assert "bad.zip/" not in cohort(root)
 
 
 @pytest.mark.parametrize("fault", ["missing", "nothing", "column"])
@@ -456,7 +734,7 @@ def test_what_did_not_change_is_not_written_again(root):
     assert results(root) == before
     assert {path: path.stat().st_mtime_ns for path in files} == times
     changed = root / "data/raw/mouse02/2/pdata/1/2dseq"
-    changed.write_bytes(changed.read_bytes()[::-1])
+    changed.write_bytes(np.fromfile(changed, "<i2")[::-1].tobytes())
     run(root)
     same = [path for path in files if path.exists() and path.stat().st_mtime_ns == times[path]]
     assert {path.relative_to(root / "data/curated.zarr").parts[0] for path in same} == {"mouse01"}
@@ -483,7 +761,7 @@ def test_a_scan_that_is_gone_leaves_the_store(root):
         run(root)
     write_table(
         root / "data/cohort.csv",
-        curate.COHORT,
+        cohort_module.COHORT,
         [row for row in table(root / "data/cohort.csv") if row["study"] == "mouse01"],
     )
     run(root)
@@ -533,8 +811,12 @@ def test_real_pairs(bruker, tmp_path):
         attributes = store.attrs(key)
         low, high = (np.array(attributes[f"affine_{name}"]) for name in ("low", "high"))
         np.testing.assert_allclose(low @ [3, 5, 7, 1], high @ [6, 10, 7, 1])  # pixel j of low lies on 2j of high
-    slices = table(tmp_path / "data/slices.csv")
-    assert sum(row["suggestion"] == "drop" for row in slices) < 0.15 * len(slices)
+    # Seen in the pictures: motion ripples through every second slice of the rat, which was scanned in two interleaves;
+    # the slices between them and the mouse are clean.
+    flagged = [row for row in table(tmp_path / "data/slices.csv") if row["suggestion"] == "drop"]
+    assert {row["key"].split("/")[0] for row in flagged} <= {"lb_140721"}
+    assert {int(row["slice"]) % 2 for row in flagged} <= {0}
+    assert len(flagged) < 0.25 * 86
 
 
 @pytest.mark.real

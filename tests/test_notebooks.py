@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import importlib
 import json
@@ -32,8 +33,9 @@ def experiment(tmp_path_factory) -> Path:
 
 
 def papermill(root: Path, output: Path, *parameters: str) -> subprocess.CompletedProcess[str]:
+    """Execute the notebook of the output's name."""
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-p", "root", str(root), *parameters]
-    command += [str(REPO / "notebooks" / "results.ipynb"), str(output)]
+    command += [str(REPO / "notebooks" / output.name), str(output)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
@@ -79,12 +81,12 @@ def test_the_report_is_a_page_with_tables_and_pictures(executed):
     assert "Traceback" not in page
 
 
-def evaluated_cells(root: Path, **parameters) -> list:
+def evaluated_cells(root: Path, notebook: str = "results", **parameters) -> list:
     """What the notebook's code cells end with, in this process: no kernel to wait for."""
     plt.switch_backend("Agg")
     names: dict = {}
     ends = []
-    for cell in json.loads((REPO / "notebooks" / "results.ipynb").read_text())["cells"]:
+    for cell in json.loads((REPO / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
             tree = ast.parse("".join(cell["source"]))
             last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
@@ -112,6 +114,55 @@ def test_another_split_without_phantom_and_truth(experiment, tmp_path):
 def test_a_missing_model_is_named(experiment):
     with pytest.raises(AssertionError, match=r"no results of \['apddm'\]: run 06_evaluate.py --models apddm"):
         evaluated_cells(experiment, models="apddm")
+
+
+@pytest.mark.parametrize("files", [[], ["cohort.csv"], ["cohort.csv", "truth.zarr/zarr.json"]])
+def test_make_report_simulates_nothing_beside_a_cohort_of_own_studies(tmp_path, files):
+    for name in files:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    command = ["make", "--dry-run", "report", f"ROOT={tmp_path}"]
+    planned = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True).stdout
+    assert ("00_simulate.py" in planned) == (files == [])
+    assert re.search(r"01_curate\.py.*06_evaluate\.py.*curation\.ipynb", planned, flags=re.S)
+
+
+def dropped_slices(root: Path) -> list[dict[str, str]]:
+    with (root / "data" / "slices.csv").open(newline="") as stream:
+        return [row for row in csv.DictReader(stream) if (row["decision"] or row["suggestion"]) == "drop"]
+
+
+def test_the_cohort_at_a_glance(smoke, tmp_path):
+    done = papermill(smoke, tmp_path / "curation.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    notebook = json.loads((tmp_path / "curation.ipynb").read_text())
+    tables, figures = outputs(notebook, "text/markdown"), outputs(notebook, "image/png")
+    # scans, slices kept, unused scans, reasons / middle slices, an animal, quality, dropped slices, crop, shift
+    assert (len(tables), len(figures)) == (4, 6)
+    assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] in ("error", "stream")]
+    assert "Text(" not in "".join(outputs(notebook, "text/plain"))
+    assert f"| **dropped in all** | **{len(dropped_slices(smoke))}** of " in tables[3]
+    assert all(why in tables[3] for row in dropped_slices(smoke) for why in row["reason"].split("; "))
+    assert re.search(r"\| high \| \d+x\d+ \| 5 \|", tables[0])
+
+
+def test_a_cohort_with_decisions_by_hand_and_unused_scans(smoke, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("curated.zarr", "pairs.zarr"):
+        (tmp_path / "data" / name).symlink_to(smoke / "data" / name)
+    shutil.copyfile(smoke / "data" / "cohort.csv", tmp_path / "data" / "cohort.csv")
+    text = (smoke / "data" / "slices.csv").read_text()
+    (tmp_path / "data" / "slices.csv").write_text(text.replace(",\n", ",keep\n"))
+    line = ["", "", "", "", "odd", "7", *[""] * 10, "no", "", "no partner; no other usable scan in its study"]
+    with (tmp_path / "data" / "cohort.csv").open("a") as stream:
+        stream.write(",".join(line) + "\n")
+    before = len(plt.get_fignums())
+    tables = [end.data for end in evaluated_cells(tmp_path, "curation") if hasattr(end, "data")]
+    assert "| no partner; no other usable scan in its study | 1 |" in tables[2]
+    assert "| **dropped in all** | **0** of " in tables[3]
+    assert f"| suggested, kept by hand | {len(dropped_slices(smoke))} |" in tables[3]
+    assert len(plt.get_fignums()) - before == 6
+    plt.close("all")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

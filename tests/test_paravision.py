@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +374,16 @@ def test_scan_without_method_is_known_by_its_visu_pars(tmp_path, stored):
     assert read_paravision(path).parameters["averages"] == 3
 
 
+@pytest.mark.parametrize("name", ["pdata/1/visu_pars", "method"])
+def test_parameter_files_cut_at_every_tenth_byte(tmp_path, stored, name):
+    path = write_scan(tmp_path / "1", stored)
+    text = (tmp_path / "1" / name).read_bytes()
+    for length in range(0, text.index(b"##END="), 10):
+        (tmp_path / "1" / name).write_bytes(text[:length])
+        with pytest.raises(InputError, match=rf"{name[-6:]}: (empty file|no ##END= found)"):
+            read_paravision(path, pixels=False)
+
+
 @pytest.mark.real
 def test_visu_pars_cut_at_every_tenth_byte_of_a_real_scan(bruker, tmp_path):
     """A number cut in two is still a number, so that a file without its end is never read."""
@@ -389,6 +401,175 @@ def test_visu_pars_cut_at_every_tenth_byte_of_a_real_scan(bruker, tmp_path):
             read_paravision(scan / "pdata/1/2dseq", pixels=False)
     (scan / "pdata/1/visu_pars").write_bytes(text[:end])
     np.testing.assert_array_equal(read_paravision(scan / "pdata/1/2dseq").image, whole.image)
+
+
+def change(file: Path, **values: str | None) -> None:
+    """Give parameters of a real file another value, as text after the = sign; none: take them out."""
+    text = file.read_text("latin-1")
+    for name, value in values.items():
+        text = re.sub(rf"##\${name}=.*?\n(?=##|\$\$)", "", text, flags=re.S)
+        line = "" if value is None else f"##${name}={value}\n"
+        text = text.replace("##END=", f"{line}##END=")
+    file.write_text(text, "latin-1")
+
+
+def numbers(values: Any) -> str:
+    return f"( {len(values)} )\n" + " ".join(f"{value:.12g}" for value in values)
+
+
+Mutant = Callable[[Path, np.ndarray], np.ndarray | None]
+
+
+def swapped(path: Path, stored: np.ndarray) -> None:
+    path.write_bytes(stored.astype(">i2").tobytes())
+    change(path.with_name("visu_pars"), VisuCoreByteOrder="bigEndian")
+
+
+def sloped(path: Path, stored: np.ndarray, reverse: bool = False) -> np.ndarray:
+    slope, offset = 0.5 + np.arange(len(stored)), 10.0 * np.arange(len(stored))
+    visu = path.with_name("visu_pars")
+    change(visu, VisuCoreDataSlope=numbers(slope), VisuCoreDataOffs=numbers(offset))
+    if reverse:
+        change(visu, VisuCoreDiskSliceOrder="disk_reverse_slice_order")
+        path.write_bytes(stored[::-1].tobytes())
+    return (stored * slope[:, None, None] + offset[:, None, None]).astype(np.float32)
+
+
+def run_length(path: Path, stored: np.ndarray) -> np.ndarray:
+    n = len(stored)
+    slope, offset = f"( {n} )\n@{n - 1}*(0.25) 4", f"( {n} )\n@{n}*(-3)"
+    change(path.with_name("visu_pars"), VisuCoreDataSlope=slope, VisuCoreDataOffs=offset)
+    slopes = np.array([0.25] * (n - 1) + [4])
+    return (stored * slopes[:, None, None] - 3).astype(np.float32)
+
+
+def words(dtype: str) -> Mutant:
+    def mutant(path: Path, stored: np.ndarray) -> np.ndarray | None:
+        values = (stored % 250).astype(dtype)
+        path.write_bytes(values.tobytes())
+        n = len(stored)
+        visu = path.with_name("visu_pars")
+        change(
+            visu, VisuCoreWordType=WORDS[dtype], VisuCoreDataSlope=numbers([2] * n), VisuCoreDataOffs=numbers([1] * n)
+        )
+        return 2 * values.astype(np.float32) + 1
+
+    return mutant
+
+
+def latin(path: Path, stored: np.ndarray) -> None:
+    change(path.with_name("visu_pars"), VisuSubjectId="( 65 )\n<M\xe4use\xb5>", VisuSubjectName="( 65 )\n<J\xf6rg>")
+
+
+def framed(**values: str) -> Mutant:
+    def mutant(path: Path, stored: np.ndarray) -> None:
+        change(path.with_name("visu_pars"), **values)
+
+    return mutant
+
+
+def repeated(group: str) -> Mutant:
+    def mutant(path: Path, stored: np.ndarray) -> None:
+        n = len(stored)
+        path.write_bytes(stored.tobytes() * 2)
+        groups = f"( 2 )\n(2, <{group}>, <>, 0, 0) ({n}, <FG_SLICE>, <>, 0, 2)"
+        change(path.with_name("visu_pars"), VisuCoreFrameCount=str(2 * n), VisuFGOrderDesc=groups)
+
+    return mutant
+
+
+def moved(*places: int) -> Mutant:
+    """The slices of these numbers along the normal in place of the scan's own."""
+
+    def mutant(path: Path, stored: np.ndarray) -> None:
+        affine = np.diag([-1, -1, 1, 1]) @ read_paravision(path, pixels=False).affine
+        position = affine[:3, 3] + np.array(places)[:, None] * affine[:3, 2]
+        text = f"( {len(places)}, 3 )\n" + " ".join(f"{value:.9g}" for value in position.ravel())
+        change(path.with_name("visu_pars"), VisuCorePosition=text)
+
+    return mutant
+
+
+EQUAL: dict[str, Mutant] = {
+    "byte order swapped": swapped,
+    "a slope and an offset per slice": sloped,
+    "slices reversed on the disk": lambda path, stored: sloped(path, stored, reverse=True),
+    "run-length arrays": run_length,
+    "8 bits": words("uint8"),
+    "32 bits": words("int32"),
+    "floats": words("float32"),
+    "Latin-1 names": latin,
+    "no word of packages": framed(VisuCoreSlicePacksDef=None, VisuCoreSlicePacksSlices=None),
+}
+REFUSED_MUTANTS: dict[str, Mutant] = {
+    "VisuCoreFrameType: PHASE_IMAGE found": framed(VisuCoreFrameType="PHASE_IMAGE"),
+    "VisuCoreFrameType: REAL_IMAGE IMAGINARY_IMAGE found": framed(
+        VisuCoreFrameType="( 2 )\nREAL_IMAGE IMAGINARY_IMAGE"
+    ),
+    "frame groups: 2 FG_COMPLEX 9 FG_SLICE found": repeated("FG_COMPLEX"),
+    "frame groups: 2 FG_CYCLE 9 FG_SLICE found": repeated("FG_CYCLE"),
+    "frame groups: 2 FG_MOVIE 9 FG_SLICE found": repeated("FG_MOVIE"),
+    "frame groups: 2 FG_ECHO 9 FG_SLICE found": repeated("FG_ECHO"),
+    "slice packages: 2 found": framed(VisuCoreSlicePacksDef="(0, 2)"),
+    "VisuCorePosition: slices at uneven": moved(0, 1, 2, 3, 4, 5, 6, 7, 9),
+    "VisuCorePosition: slices at uneven or no distances": moved(0, 1, 2, 3, 4, 4, 5, 6, 7),
+    "VisuCorePosition: slices at uneven or": moved(0, 2, 4, 6, 8, 1, 3, 5, 7),
+    "552959 bytes found, expected 552960": lambda path, stored: path.write_bytes(stored.tobytes()[:-1]),
+    "1105920 bytes found, expected 552960": lambda path, stored: path.write_bytes(stored.tobytes() * 2),
+}
+
+
+@pytest.fixture
+def letters(bruker, tmp_path) -> Path:
+    """A copy of a real scan of 9 slices that may be changed; its 2dseq."""
+    source, study = bruker / "phantom_letters_rare_pv601_7T/study", tmp_path / "study"
+    for name in ("subject", "6/method", "6/acqp", "6/pdata/1/visu_pars", "6/pdata/1/2dseq"):
+        if (source / name).exists():
+            (study / name).parent.mkdir(parents=True, exist_ok=True)
+            (study / name).write_bytes((source / name).read_bytes())
+    return study / "6/pdata/1/2dseq"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("mutant", EQUAL)
+def test_other_forms_of_a_real_scan_give_the_same_image_and_place(letters, mutant):
+    whole = read_paravision(letters)
+    stored = np.fromfile(letters, "<i2").reshape(whole.image.shape)
+    expected = EQUAL[mutant](letters, stored)
+    scan = read_paravision(letters)
+    np.testing.assert_allclose(scan.image, whole.image if expected is None else expected, rtol=1e-6)
+    np.testing.assert_array_equal(scan.affine, whole.affine)
+    assert scan.parameters | {"subject": ""} == whole.parameters | {"subject": ""}
+    assert (scan.parameters["subject"] == "Mäuseµ") == (mutant == "Latin-1 names")
+    assert "Jörg" not in json.dumps(scan.parameters, ensure_ascii=False)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("reason", REFUSED_MUTANTS)
+def test_real_scan_made_into_what_is_not_read(letters, reason):
+    stored = np.fromfile(letters, "<i2").reshape(read_paravision(letters).image.shape)
+    REFUSED_MUTANTS[reason](letters, stored)
+    for pixels in (False, True):
+        with pytest.raises(InputError, match=reason):
+            read_paravision(letters, pixels=pixels)
+
+
+@pytest.mark.real
+def test_lowest_of_several_real_recos_is_taken_and_both_show_the_same(bruker):
+    scan = bruker / "phantom_letters_rare_pv601_7T/study/2"
+    assert sorted(path.name for path in (scan / "pdata").iterdir()) == ["1", "2"]
+    assert index_scan(scan)[0] == "1"
+    one, other = (read_paravision(scan / f"pdata/{reco}/2dseq") for reco in ("1", "2"))
+    np.testing.assert_array_equal(one.affine, other.affine)
+    assert np.corrcoef(one.image.ravel(), other.image.ravel())[0, 1] > 0.99  # 16 and 8 bits
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("scan", "relation"), [("5", 1), ("6", -1), ("2", 0)], ids=["gap", "overlap", "touching"])
+def test_gaps_and_overlaps_of_real_scans(bruker, scan, relation):
+    path = bruker / f"rat_head_rare_pv51_4T7/study/{scan}/pdata/1/2dseq"
+    found = read_paravision(path, pixels=False)
+    assert np.sign(round(found.spacing_mm[0] - found.parameters["thickness_mm"], 3)) == relation
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
