@@ -137,6 +137,7 @@ class Window:
         self.root, self.keys, self.message = Path(root), list(keys), ""
         self.state: dict[str, Any] = {"key": self.keys[0], "slice": 0, "window": [0.5, 1.0], "help": True}
         self.figure = figure or no_toolbar()
+        self.figure.set_layout_engine("none")  # whatever matplotlibrc says: nothing here is an axis
         self.figure.set_facecolor(INK["paper"])
         self.drag: tuple[float, float, list[float]] | None = None
         self.pressed: tuple[float, float] | None = None
