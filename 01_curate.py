@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lazy_loader as lazy
 import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
@@ -30,6 +29,7 @@ from cohort import Tolerance, index, name_pairs, pair_up, short, write_cohort
 from common import (
     Array,
     InputError,
+    Lazy,
     Progress,
     fingerprint,
     finish_store,
@@ -45,7 +45,7 @@ from formats import read_source
 from paravision import Scan, find_archives, unpack
 from quality import MEASURES, measure, suggest
 
-contact_sheet = lazy.load("contact_sheet")
+contact_sheet = Lazy("contact_sheet")
 
 VERSION = 2  # raised when the import or a quality measure changes, so that every scan is done again
 SLICES = ["key", "slice", *MEASURES, "suggestion", "reason", "decision"]

@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lazy_loader as lazy
 from tqdm import tqdm
 
-from common import InputError, fingerprint, main, open_pairs, write_json, write_table
+from common import InputError, Lazy, fingerprint, main, open_pairs, write_json, write_table
 from likeness import training_range
 
 if TYPE_CHECKING:
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
     import networks
     import parallel
-else:  # torch is imported by the functions that compute with it: tyro would load a lazy torch at once
-    networks, parallel = lazy.load("networks"), lazy.load("parallel")
+else:
+    networks, parallel = Lazy("networks"), Lazy("parallel")
 
 STAGE = 3
 COLUMNS = (

@@ -23,9 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lazy_loader as lazy
-
-from common import InputError, main, open_pairs, write_json, write_table
+from common import InputError, Lazy, main, open_pairs, write_json, write_table
 
 train = importlib.import_module("03_train_unet")
 
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 
     Training = Any
 else:
-    networks, studies = lazy.load("networks"), lazy.load("studies")
+    networks, studies = Lazy("networks"), Lazy("studies")
     Training = train.Config
 
 STAGE = 4

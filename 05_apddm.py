@@ -21,7 +21,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import lazy_loader as lazy
 import numpy as np
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from common import (
     SPLITS,
     Array,
     InputError,
+    Lazy,
     atomic_path,
     body_mask,
     fingerprint,
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     import anchored
     import networks
     import parallel
-else:  # torch is imported where it computes: tyro would load a lazy torch at once
-    networks, anchored, parallel = map(lazy.load, ("networks", "anchored", "parallel"))
+else:
+    networks, anchored, parallel = map(Lazy, ("networks", "anchored", "parallel"))
 
 STAGE, BANK = 5, 64  # BANK: residual slices kept in the checkpoint for sampling; training draws from all
 COLUMNS = ["epoch", "train", "validation", "validation_mse", "lr", "seconds", "images_per_second"]

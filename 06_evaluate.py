@@ -11,13 +11,12 @@ Usage:
 """
 
 import functools
-from collections import defaultdict, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import lazy_loader as lazy
 import numpy as np
 from scipy import ndimage
 
@@ -25,6 +24,7 @@ from common import (
     SPLITS,
     Array,
     InputError,
+    Lazy,
     Progress,
     Store,
     body_mask,
@@ -43,16 +43,16 @@ from common import (
     write_scan,
     write_table,
 )
+from merit import compare, coverage, noise_level, summarise
 from rois import Box, contrast_figures, incomplete, pixels, place_boxes, read_boxes, rois_path
 
-networks = lazy.load("networks")
-skimage = lazy.load("skimage")
-roi_picker = lazy.load("roi_picker")
+networks, anchored = Lazy("networks"), Lazy("anchored")
+skimage = Lazy("skimage")
+roi_picker = Lazy("roi_picker")
 
 BASELINES = ("low", "bicubic", "fourier", "nlm", "high")  # `low` first: the others are set against it
 COLUMNS = ("model", "split", "subject", "region", "plane", "slice", "metric", "reference", "mask", "range", "value")
 PRINTED = ("mse", "mse_ratio", "ssim", "psnr", "psnr_truth", "ssim_truth", "mean_ratio")  # all of them in the body
-WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 Figure = namedtuple("Figure", "slice model metric reference mask value")  # a row of metrics.csv but for its scan
 
 
@@ -63,7 +63,7 @@ class Config:
     root: Path = Path(".")
     """Folder of data, runs and results."""
     models: tuple[str, ...] = ("unet",)
-    """Trained networks: names of folders below runs."""
+    """Trained networks, U-Nets and APDDMs: names of folders below runs."""
     splits: tuple[Literal["train", "validation", "test", "lego"], ...] = ("test", "lego", "validation")
     """Splits whose slices are judged; their scans are restored whole."""
     strengths: tuple[float, ...] = (0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0)
@@ -71,7 +71,11 @@ class Config:
     tuning_slices: int = 12
     """Validation slices that choose the strength, spread over all scans."""
     flips: bool = True
-    """Networks: mean over the four flips of a slice."""
+    """U-Nets: mean over the four flips of a slice."""
+    steps: int = 0
+    """APDDM: steps along the path; 0 = what its intervals are calibrated for."""
+    samples: int = 0
+    """APDDM: samples whose mean is the restored image; 0 = what its intervals are calibrated for."""
     box: int = 10
     """Side of the boxes placed in the middle slice of a scan without drawn ones, pixels of the high grid."""
     draws: int = 2000
@@ -105,52 +109,7 @@ class Scan:
     attributes: dict[str, Any]  # of the curated scan and of the pair
 
 
-# ---------------------------------------------------------------- figures of merit
-
-
-def compare(image: Array, reference: Array, masks: dict[str, Array], data_range: float, unit: float) -> list[Any]:
-    """MSE (Eq. 12) in normalised units and relative to the range, PSNR and SSIM (Eq. 8) of a slice in every mask."""
-    image, reference = np.asarray(image, np.float64), np.asarray(reference, np.float64)
-    similarity = functools.partial(skimage.metrics.structural_similarity, data_range=data_range, full=True, **WANG)
-    whole, local = similarity(reference, image)
-    found = []
-    for name, mask in masks.items():
-        mse = np.square(image - reference)[mask].mean()
-        found += [("mse", name, mse / unit**2), ("mse_range", name, mse / data_range**2)]
-        found += [("psnr", name, -10 * np.log10(mse / data_range**2))]
-        found += [("ssim", name, whole if name == "field" else local[mask].mean())]
-    return found
-
-
-def noise_level(images: Array, air: Array) -> float:
-    """Standard deviation of the noise of magnitude images from the median of their air (Rayleigh distribution)."""
-    if air.any():
-        return float(np.median(images[air]) / np.sqrt(2 * np.log(2)))
-    rough = np.diff(np.diff(images, 2, axis=1), 2, axis=2)  # the animal fills the field: what is no smooth anatomy
-    return float(np.median(np.abs(rough)) / 0.6745 / 6)
-
-
-def interval(values: Sequence[float], draws: int, seed: int) -> tuple[float, list[float]]:
-    """Mean of one value per animal and its 95 % interval: bootstrap over the animals."""
-    animals = np.asarray(values, np.float64)
-    generator = np.random.default_rng(np.random.SeedSequence([seed, 6]))
-    means = animals[generator.integers(len(animals), size=(draws, len(animals)))].mean(axis=1)
-    return float(animals.mean()), np.quantile(means, (0.025, 0.975)).tolist()
-
-
-def summarise(rows: Iterable[dict[str, Any]], draws: int, seed: int) -> dict[str, Any]:
-    """Mean over the slices of an animal, then over animals; values that are not finite count nowhere."""
-    groups: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if np.isfinite(row["value"]):
-            key = row["metric"] + "_truth" * (row["reference"] == "truth")
-            key += f"_{row['mask']}" * (row["mask"] in ("body", "air"))
-            groups[row["model"], row["split"], key][row["subject"]].append(row["value"])
-    summary: dict[str, Any] = {}
-    for (model, split, key), animals in groups.items():
-        mean, ci = interval([float(np.mean(animals[name])) for name in sorted(animals)], draws, seed)
-        summary.setdefault(model, {}).setdefault(split, {})[key] = {"mean": mean, "ci95": ci, "animals": len(animals)}
-    return summary
+# ---------------------------------------------------------------- scans
 
 
 def on_high_grid(low: Array, attributes: dict[str, Any], method: str, aligned: bool = True) -> Array:
@@ -196,16 +155,36 @@ def slices_of(cfg: Config, splits: Sequence[str]) -> list[tuple[str, int]]:
     return found
 
 
-def load_networks(cfg: Config) -> dict[str, Any]:
+class Network(NamedTuple):
+    """A trained network and how it restores."""
+
+    net: Any
+    sampling: dict[str, Any]  # of an APDDM
+    factor: float  # of its intervals on the deviation of the samples; not a number: not calibrated for this sampling
+    setting: str  # whatever the images depend on
+
+
+def load_networks(cfg: Config) -> dict[str, Network]:
     """Trained networks; none may come from pairs of other settings, none may know a test animal."""
     pairs, nets = open_pairs(cfg.root).attributes, {}
     for model in cfg.models:
-        net, checkpoint = networks.load_unet(path := cfg.root / "runs" / model / "best.pt", pairs["settings"])
+        path = cfg.root / "runs" / model / "best.pt"
+        checkpoint = networks.load_checkpoint(path, pairs["settings"])
         seen = (checkpoint["data"].get("splits") or {}).get("train", [])
         leaked = set(seen) & set(pairs["splits"].get("test", []))
         if leaked and pairs["split_by"] == "animal":
             raise InputError(f"{path}: trained on {', '.join(sorted(leaked))}, expected no animal of split test")
-        nets[model] = net.to(networks.pick_device())
+        if checkpoint["stage"] == "apddm":
+            net = anchored.APDDM(checkpoint)
+            asked = {name: getattr(cfg, name) for name in ("steps", "samples") if getattr(cfg, name)}
+            sampling = net.sampling | asked
+            net.check(**sampling)
+            factor = (net.interval or {}).get("factor", np.nan) if sampling == net.sampling else np.nan
+            net.net.to(networks.pick_device())
+            nets[model] = Network(net, sampling, factor, f"{sha256(path)} {sampling}")
+        else:
+            net, _ = networks.load_unet(path)
+            nets[model] = Network(net.to(networks.pick_device()), {}, np.nan, f"{sha256(path)} flips {cfg.flips}")
     return nets
 
 
@@ -246,7 +225,21 @@ def tune(cfg: Config) -> tuple[float, dict[str, float]]:
     return cfg.strengths[int(errors.argmin())], curve
 
 
-def restore(cfg: Config, settings: dict[str, str], nets: dict[str, Any], key: str) -> None:
+def by_network(cfg: Config, network: Network, scan: Scan) -> dict[str, Array]:
+    """Arrays of a scan by a network, on the full field, upsampled and normalised as stage 02 does it in the crop."""
+    chosen = open_pairs(cfg.root).attributes["settings"]
+    images = on_high_grid(scan.low, scan.attributes, chosen["upsample"], chosen["align"] != "none")
+    y0, y1, x0, x1 = scan.attributes["box"]
+    scale, offset = normalisation(images[:, y0:y1, x0:x1], chosen["normalise"])
+    scale[scale == 0] = 1  # a dropped slice of zeros
+    if not network.sampling:
+        return {"restored": networks.restore(network.net, images, scale, offset, flips=cfg.flips)}
+    draws = networks.seeded(cfg.seed, 6)
+    mean, deviation = anchored.restore_apddm(network.net, images, scale, offset, **network.sampling, generator=draws)
+    return {"restored": mean} | ({} if np.isnan(network.factor) else {"half_width": deviation * network.factor})
+
+
+def restore(cfg: Config, settings: dict[str, str], nets: dict[str, Network], key: str) -> None:
     """Write the images of a scan by every model of `settings`, but for those that are there already."""
     inputs = [store.attrs(key).get("fingerprint") for store in (open_curated(cfg.root), open_pairs(cfg.root))]
     scan = None
@@ -255,23 +248,18 @@ def restore(cfg: Config, settings: dict[str, str], nets: dict[str, Any], key: st
         if (scan_attributes(store, key) or {}).get("fingerprint") == mark:
             continue
         scan = scan or load_scan(cfg, key)
-        if model in nets:  # full field, upsampled and normalised as stage 02 does it in the crop
-            chosen = open_pairs(cfg.root).attributes["settings"]
-            images = on_high_grid(scan.low, scan.attributes, chosen["upsample"], chosen["align"] != "none")
-            y0, y1, x0, x1 = scan.attributes["box"]
-            scale, offset = normalisation(images[:, y0:y1, x0:x1], chosen["normalise"])
-            scale[scale == 0] = 1  # a dropped slice of zeros
-            images = networks.restore(nets[model], images, scale, offset, flips=cfg.flips)
+        if model in nets:
+            arrays = by_network(cfg, nets[model], scan)
         elif model == "high":
-            images = scan.references["high"]
+            arrays = {"restored": scan.references["high"]}
         elif model == "low":  # the report's zoom, half a pixel off
-            images = on_high_grid(scan.low, scan.attributes, "nearest", aligned=False)
+            arrays = {"restored": on_high_grid(scan.low, scan.attributes, "nearest", aligned=False)}
         else:
             images = on_high_grid(scan.low, scan.attributes, "cubic" if model == "bicubic" else "fourier")
-            images = denoise(images, scan.noise[0], float(setting)) if model == "nlm" else images
+            arrays = {"restored": denoise(images, scan.noise[0], float(setting)) if model == "nlm" else images}
         (store / "zarr.json").unlink(missing_ok=True)  # incomplete until all scans are there
         place = {name: scan.attributes[name] for name in ("affine", "spacing_mm")} | {"fingerprint": mark}
-        write_scan(store, key, {"restored": images.astype(np.float32)}, place)
+        write_scan(store, key, {name: array.astype(np.float32) for name, array in arrays.items()}, place)
 
 
 def slice_figures(scan: Scan, images: dict[str, Array], index: int) -> Iterator[Figure]:
@@ -292,6 +280,15 @@ def slice_figures(scan: Scan, images: dict[str, Array], index: int) -> Iterator[
             if body.any() and reference == "high":  # E[MSE against the high image] = MSE + variance of its noise
                 found += [("mse_corrected", "body", errors["body"] - (scan.noise[1] / unit) ** 2)]
             yield from (Figure(index, model, metric, reference, mask, float(value)) for metric, mask, value in found)
+
+
+def interval_figures(scan: Scan, model: str, image: Array, half_width: Array, index: int) -> Iterator[Figure]:
+    """How many body pixels of a slice lie in their interval, and whether it is wide where the error is large."""
+    body = scan.body[index]
+    for reference, volume in scan.references.items() if body.any() else ():
+        error = np.abs(image[index] - volume[index])[body]
+        for metric, value in coverage(error, half_width[index][body]).items():
+            yield Figure(index, model, metric, reference, "body", value)
 
 
 def box_figures(scan: Scan, images: dict[str, Array], boxes: Sequence[Box]) -> Iterator[Figure]:
@@ -321,6 +318,10 @@ def judge(cfg: Config, models: Sequence[str], drawn: Sequence[Box], key: str) ->
         middle = indices[len(indices) // 2]
         boxes = place_boxes(key, middle, scan.references["high"][middle], scan.body[middle], cfg.box)
     figures = [figure for index in indices for figure in slice_figures(scan, images, index)]
+    for model, store in stores.items():
+        if (store.path / key / "half_width").exists():
+            width = store.read(key, "half_width", 3, "float32")
+            figures += [f for index in indices for f in interval_figures(scan, model, images[model], width, index)]
     figures += box_figures(scan, images, boxes)
     place = dict(zip(("subject", "region", "plane"), key.split("/"), strict=True)) | {"range": scan.data_range}
     return [place | {"split": scan.judged[f.slice]} | f._asdict() for f in figures], boxes
@@ -348,7 +349,7 @@ def run(cfg: Config) -> dict[str, Any]:
         raise InputError(f"{rois_path(cfg.root)}: {lacks[0]}")
     strength, curve = tune(cfg)
     print(f"non-local means: strength {strength:g} of " + ", ".join(f"{s} (MSE {e:.4f})" for s, e in curve.items()))
-    digests = {model: sha256(cfg.root / "runs" / model / "best.pt") + f" flips {cfg.flips}" for model in nets}
+    digests = {model: network.setting for model, network in nets.items()}
     settings = dict.fromkeys(BASELINES, "") | {"nlm": f"{strength:g}"}
     every(functools.partial(restore, cfg, settings, {}), keys, "baselines", cfg.workers)
     every(functools.partial(restore, cfg, digests, nets), keys if nets else [], "networks", 1)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import lazy_loader as lazy
 import numpy as np
 import tyro
 from scipy import fft
@@ -29,6 +28,7 @@ import formats
 from common import (
     Array,
     InputError,
+    Lazy,
     atomic_path,
     body_mask,
     crop_box,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import anchored
     import networks
 else:  # they import torch, which takes longer than --help may
-    networks, anchored = lazy.load("networks"), lazy.load("anchored")
+    networks, anchored = Lazy("networks"), Lazy("anchored")
 
 STAGE = 7
 OUTPUTS = {"restored": "_restored.nii.gz", "residual": "_residual.nii.gz", "uncertainty": "_uncertainty.nii.gz"}

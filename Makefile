@@ -41,7 +41,7 @@ $(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.jso
 $(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py likeness.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
 	$(PY) 03_train_unet.py --preset $(PRESET) --root $(ROOT)
 
-$(ROOT)/results/summary.json: 06_evaluate.py networks.py rois.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
+$(ROOT)/results/summary.json: 06_evaluate.py merit.py networks.py anchored.py rois.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
 	$(PY) 06_evaluate.py --preset $(PRESET) --root $(ROOT)
 
 define page

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import errno
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -46,6 +47,24 @@ Array = np.ndarray[Any, Any]
 
 class InputError(Exception):
     """Bad input from outside: one line with the file, the value found and what is expected."""
+
+
+class Lazy:
+    """A module that is imported when something of it is first asked for, so that ``--help`` need not wait for it.
+
+    It does not stand in ``sys.modules`` before, where libraries that look at every module would import it half-way.
+
+    Parameters
+    ----------
+    name : str
+        Of the module.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def parse_config(presets: dict[str, ConfigT], args: Sequence[str] | None = None) -> ConfigT:

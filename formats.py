@@ -14,14 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import lazy_loader as lazy
 import numpy as np
 
-from common import Array, InputError, atomic_path, fingerprint, safe_name, sha256
+from common import Array, InputError, Lazy, atomic_path, fingerprint, safe_name, sha256
 from paravision import Scan, index_scan, place_of, read_paravision, recos_of, scan_folders
 
-nibabel: Any = lazy.load("nibabel")
-pydicom: Any = lazy.load("pydicom")
+nibabel: Any = Lazy("nibabel")
+pydicom: Any = Lazy("pydicom")
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes from NIfTI's, and back
 GROUPS = {"ImagePositionPatient": "PlanePosition", "ImageOrientationPatient": "PlaneOrientation"}

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-import networks  # as a whole: torch, while networks imports it, touches every module that waits to be loaded
+from networks import pick_device
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Group:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1 and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = networks.pick_device(device)
+        self.device = pick_device(device)
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lazy_loader as lazy
 import numpy as np
 from scipy import fft, ndimage
 
-from common import Array, body_mask
+from common import Array, Lazy, body_mask
 
-skimage: Any = lazy.load("skimage")
+skimage: Any = Lazy("skimage")
 
 MEASURES = (
     *("snr_low", "snr_high", "body_fraction", "ghost_low", "ghost_high", "spike_low", "spike_high"),

@@ -32,6 +32,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import anchored
+import merit
 import networks
 from common import Array, InputError, main, normalisation, open_pairs, open_truth, read_table, write_table
 
@@ -143,7 +144,7 @@ def figures(scan: Any, number: int, image: Array) -> dict[str, float]:
     body, unit = scan.body[number], scan.unit[number]
     row: dict[str, float] = {}
     for name, volume in scan.references.items():
-        found = {m: v for m, _, v in evaluation.compare(image, volume[number], {"body": body}, scan.data_range, unit)}
+        found = {m: v for m, _, v in merit.compare(image, volume[number], {"body": body}, scan.data_range, unit)}
         row |= {f"mse_{name}": float(found["mse"]), f"ssim_{name}": float(found["ssim"])}
     best = scan.references.get("truth", scan.references["high"])[number]
     return row | {"detail": fine_power(image * body) / fine_power(best * body), "air": float(image[~body].std() / unit)}

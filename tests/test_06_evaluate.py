@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import skimage.metrics
 from scipy import ndimage
+from scipy.stats import spearmanr
 
 import common
+import merit
 
 REPO = Path(__file__).resolve().parent.parent
 evaluate = importlib.import_module("06_evaluate")
@@ -167,7 +169,7 @@ def as_dict(found):
 
 def test_errors_equal_those_of_scikit_image(pair):
     image, reference, masks = pair
-    found = as_dict(evaluate.compare(image, reference, masks, 2.5, 0.8))
+    found = as_dict(merit.compare(image, reference, masks, 2.5, 0.8))
     a, b = np.float64(image), np.float64(reference)
     for name, mask in masks.items():
         mse = skimage.metrics.mean_squared_error(b[mask], a[mask])
@@ -194,7 +196,7 @@ def ssim_by_hand(a: np.ndarray, b: np.ndarray, data_range: float) -> np.ndarray:
 
 def test_similarity_equals_its_formula_in_every_mask(pair):
     image, reference, masks = pair
-    found = as_dict(evaluate.compare(image, reference, masks, 2.5, 0.8))
+    found = as_dict(merit.compare(image, reference, masks, 2.5, 0.8))
     local = ssim_by_hand(np.float64(image), np.float64(reference), 2.5)
     assert found["ssim", "body"] == pytest.approx(local[masks["body"]].mean(), abs=1e-6)
     assert found["ssim", "air"] == pytest.approx(local[masks["air"]].mean(), abs=1e-6)
@@ -206,7 +208,7 @@ def test_similarity_equals_its_formula_in_every_mask(pair):
 
 def test_the_range_is_the_one_given_and_not_the_images_own(pair):
     image, reference, masks = pair
-    narrow, wide = (as_dict(evaluate.compare(image, reference, masks, r, 1.0)) for r in (3.0, 30.0))
+    narrow, wide = (as_dict(merit.compare(image, reference, masks, r, 1.0)) for r in (3.0, 30.0))
     assert wide["psnr", "body"] - narrow["psnr", "body"] == pytest.approx(20)
     assert wide["ssim", "body"] > narrow["ssim", "body"]
     assert wide["mse", "body"] == narrow["mse", "body"]
@@ -215,15 +217,15 @@ def test_the_range_is_the_one_given_and_not_the_images_own(pair):
 def test_identical_constant_and_shifted_images(pair):
     _, reference, masks = pair
     with np.errstate(divide="ignore"):
-        same = as_dict(evaluate.compare(reference, reference, masks, 3.0, 1.0))
+        same = as_dict(merit.compare(reference, reference, masks, 3.0, 1.0))
     assert (same["mse", "body"], same["psnr", "body"]) == (0, np.inf)
     assert same["ssim", "body"] == pytest.approx(1)
-    flat = as_dict(evaluate.compare(np.full_like(reference, 1.5), reference, masks, 3.0, 1.0))
+    flat = as_dict(merit.compare(np.full_like(reference, 1.5), reference, masks, 3.0, 1.0))
     assert flat["mse", "body"] == pytest.approx(np.square(np.float64(reference)[masks["body"]] - 1.5).mean())
     assert flat["ssim", "body"] < 0.05
-    raised = as_dict(evaluate.compare(reference + np.float32(0.25), reference, masks, 3.0, 1.0))
+    raised = as_dict(merit.compare(reference + np.float32(0.25), reference, masks, 3.0, 1.0))
     assert raised["mse", "air"] == pytest.approx(0.0625, rel=1e-6)
-    moved = as_dict(evaluate.compare(np.roll(reference, 1, axis=1), reference, masks, 3.0, 1.0))
+    moved = as_dict(merit.compare(np.roll(reference, 1, axis=1), reference, masks, 3.0, 1.0))
     assert moved["mse", "field"] > 0.5  # white noise against itself one pixel on: twice its variance
     assert moved["ssim", "field"] < 0.1
 
@@ -231,7 +233,7 @@ def test_identical_constant_and_shifted_images(pair):
 def test_what_lies_outside_a_mask_does_not_count_inside(pair):
     image, reference, masks = pair
     spoiled = np.where(masks["body"], image, 1e3)
-    kept, changed = (as_dict(evaluate.compare(i, reference, masks, 2.5, 0.8)) for i in (image, spoiled))
+    kept, changed = (as_dict(merit.compare(i, reference, masks, 2.5, 0.8)) for i in (image, spoiled))
     assert changed["mse", "body"] == kept["mse", "body"]
     assert changed["mse", "air"] > 1e3 * kept["mse", "air"]
 
@@ -243,12 +245,12 @@ def test_noise_level_is_right_within_one_percent(sigma):
     air = np.ones(noise.shape, bool)
     air[:, 60:140, 60:140] = False
     noise[~air] += 50 * sigma
-    assert evaluate.noise_level(noise, air) == pytest.approx(sigma, rel=0.01)
+    assert merit.noise_level(noise, air) == pytest.approx(sigma, rel=0.01)
 
 
 def test_noise_level_where_the_animal_fills_the_field():
     images = 5 + rng(3).normal(scale=0.3, size=(3, 64, 64))
-    assert evaluate.noise_level(images, np.zeros(images.shape, bool)) == pytest.approx(0.3, rel=0.1)
+    assert merit.noise_level(images, np.zeros(images.shape, bool)) == pytest.approx(0.3, rel=0.1)
 
 
 def test_contrast_figures_by_hand():
@@ -294,7 +296,7 @@ def row(subject: str, slice_: int, value: float, **changes) -> dict:
 
 def test_animals_count_equally_however_many_slices_they_have():
     rows = [row("a", i, 1.0) for i in range(9)] + [row("b", 0, 3.0)]
-    found = evaluate.summarise(rows, 2000, 1)["m"]["test"]["mse_body"]
+    found = merit.summarise(rows, 2000, 1)["m"]["test"]["mse_body"]
     assert found["mean"] == 2.0
     assert found["animals"] == 2
     assert found["ci95"] == [1.0, 3.0]  # over slices it would be about 1.0 to 1.6
@@ -302,15 +304,15 @@ def test_animals_count_equally_however_many_slices_they_have():
 
 def test_interval_of_many_animals_equals_theory():
     values = rng(7).normal(size=400)
-    mean, (lower, upper) = evaluate.interval(values, 4000, 1)
+    mean, (lower, upper) = merit.bootstrap(values, 4000, 1)
     assert mean == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20
     assert (mean - lower, upper - mean) == pytest.approx((half, half), rel=0.1)
-    assert evaluate.interval(values, 4000, 1) == (mean, [lower, upper])
+    assert merit.bootstrap(values, 4000, 1) == (mean, [lower, upper])
 
 
 def test_one_animal_has_a_point_for_an_interval():
-    found = evaluate.summarise([row("a", 0, 1.0), row("a", 1, 2.0)], 100, 1)["m"]["test"]["mse_body"]
+    found = merit.summarise([row("a", 0, 1.0), row("a", 1, 2.0)], 100, 1)["m"]["test"]["mse_body"]
     assert found == {"mean": 1.5, "ci95": [1.5, 1.5], "animals": 1}
 
 
@@ -324,7 +326,7 @@ def test_names_in_the_summary_and_values_that_are_not_finite():
         row("b", 0, 5.0, metric="psnr"),
         row("b", 0, float("nan"), metric="nstd"),
     ]
-    found = evaluate.summarise(rows, 100, 1)["m"]["test"]
+    found = merit.summarise(rows, 100, 1)["m"]["test"]
     means = {name: figures["mean"] for name, figures in found.items()}
     assert means == {"mse_truth_body": 1.0, "mse": 2.0, "ssim_truth_air": 3.0, "cnr": 4.0, "psnr_body": 5.0}
 
@@ -681,6 +683,31 @@ def refused(root: Path, *options: str) -> str:
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def test_an_apddm_is_judged_beside_the_u_net_with_its_intervals(copied):
+    apddm = importlib.import_module("05_apddm")
+    chosen = {"root": copied, "patch": 32, "steps_per_epoch": 4, "precision": "float32", "device": "cpu", "samples": 4}
+    apddm.run(dataclasses.replace(apddm.PRESETS["smoke"], **chosen))
+    summary = evaluate.run(config(copied, models=("unet", "apddm"), splits=("test",)))
+    assert summary["apddm"]["test"]["mse_body"]["mean"] > 0
+    key = f"{TEST[0]}/HT/axial"
+    store, scan = common.Store(copied / "results" / "apddm.zarr", "06"), evaluate.load_scan(config(copied), key)
+    restored, width = (store.read(key, name, 3, "float32") for name in ("restored", "half_width"))
+    rows = common.read_table(copied / "results" / "metrics.csv", evaluate.COLUMNS)
+    place = {"model": "apddm", "subject": TEST[0], "region": "HT", "slice": 1, "reference": "truth", "mask": "body"}
+    error = np.abs(restored - scan.references["truth"])[1][scan.body[1]]
+    inside = error <= width[1][scan.body[1]]
+    assert value(rows, metric="coverage", **place) == pytest.approx(inside.mean())
+    assert value(rows, metric="error_rank", **place) == pytest.approx(
+        spearmanr(width[1][scan.body[1]], error).statistic
+    )
+    assert 0 < summary["apddm"]["test"]["coverage_body"]["mean"] < 1
+    # Intervals are those of one sampling; of another one there are none.
+    summary = evaluate.run(config(copied, models=("apddm",), splits=("test",), samples=2))
+    assert "coverage_body" not in summary["apddm"]["test"]
+    with pytest.raises(common.InputError, match="steps: found 999"):
+        evaluate.run(config(copied, models=("apddm",), steps=999))
 
 
 def test_a_missing_checkpoint_ends_in_one_line_and_changes_nothing(copied):
