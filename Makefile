@@ -73,7 +73,7 @@ lint: setup-dev
 	$(VENV)/bin/mypy
 
 test: setup-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 # Each goes on where it was stopped; the ablations train on the experiment in ROOT and take long.
 bench: $(ROOT)/runs/unet/summary.json

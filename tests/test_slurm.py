@@ -80,34 +80,30 @@ def test_job_behind_a_failed_one_never_starts(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_time_limit_requeues_and_the_job_goes_on_where_it_was(cluster, smoke, tmp_path):
+def test_time_limit_requeues_and_the_job_goes_on_where_it_was(cluster, smoke, tmp_path, request):
     """Slurm itself sends the signal; what two runs of the job trained equals what one run trains."""
     (tmp_path / "data").symlink_to(smoke / "data")
     training = ["--preset", "smoke", "--root", str(tmp_path), "--threads", "1", "--epochs", "500", "--patience", "500"]
     slurm = [*SMALL.split(), "--parsable", "--time", "60", "--signal", "B:USR1@300", f"--output={tmp_path}/job.out"]
     job = shell(cluster, *slurm, "slurm/03_train_unet.sbatch", *training, "--run", "limited").strip()
     text, limited, whole = (tmp_path / name for name in ("job.out", "runs/limited", "runs/whole"))
+    command = [str(REPO / ".venv" / "bin" / "python"), "03_train_unet.py", *training, "--run", "whole"]
+    undisturbed = subprocess.Popen(
+        command, cwd=REPO, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    request.addfinalizer(undisturbed.wait)
+    request.addfinalizer(undisturbed.kill)
     wait_until(lambda: len(losses(limited)) >= 2)
     shell(cluster, "scontrol", "update", f"jobid={job}", "TimeLimit=5")
     wait_until(lambda: "is requeued" in text.read_text())
     wait_until(lambda: re.search(r"JobState=PENDING.*Restarts=1", shell(cluster, "scontrol", "show", "job", job), re.S))
     done = len(losses(limited))
     assert 2 <= done < 500
-
-    def goes_on() -> bool:
-        """Slurm lets a requeued job wait for two minutes, from some moment on; and one limit was enough."""
-        now = ["scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=60"]
-        subprocess.run(now, env=cluster, capture_output=True, check=False)  # refused once it runs
-        return len(losses(limited)) >= done + 2
-
-    wait_until(goes_on)
+    # Slurm lets a requeued job wait for two minutes, as within some seconds its node takes it for the one just killed.
+    time.sleep(5)
+    shell(cluster, "scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=60")
+    wait_until(lambda: len(losses(limited)) >= done + 2)
     assert f"goes on after epoch {done}" in text.read_text()
     shell(cluster, "scancel", job)
-    command = [str(REPO / ".venv" / "bin" / "python"), "03_train_unet.py", *training, "--run", "whole"]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        wait_until(lambda: len(losses(whole)) >= done + 2)
-    finally:
-        process.kill()
-        process.wait()
+    wait_until(lambda: len(losses(whole)) >= done + 2)
     assert losses(limited)[: done + 2] == losses(whole)[: done + 2]
