@@ -25,7 +25,7 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
-from cohort import Tolerance, index, name_pairs, pair_up, short, write_cohort
+from cohort import Entry, Tolerance, index, name_pairs, pair_up, short, write_cohort
 from common import (
     Array,
     InputError,
@@ -200,6 +200,15 @@ def run(cfg: Config) -> dict[str, Any]:
     return counts
 
 
+def print_unused(entries: list[Entry], most: int = 10) -> None:
+    """Say why scans are not used, one line each; of many scans the first ones."""
+    reasons = [(f"{e.row['study']}/{e.row['scan']}".rstrip("/"), e.row["reason"]) for e in entries if e.row["reason"]]
+    for place, reason in reasons[:most]:
+        print(f"not used: {place}: {reason}", flush=True)
+    if len(reasons) > most:
+        print(f"not used: {len(reasons) - most} more, the reasons in cohort.csv", flush=True)
+
+
 def curate(cfg: Config) -> dict[str, Any]:
     """The stage, with what it reads from archives unpacked beside the tables."""
     data = cfg.root / "data"
@@ -208,6 +217,7 @@ def curate(cfg: Config) -> dict[str, Any]:
     pairs = name_pairs(pair_up(usable, Tolerance(cfg.tolerance_mm, cfg.tolerance_degrees)))
     write_cohort(data / "cohort.csv", entries)
     print(f"{data / 'cohort.csv'}: {len(entries)} scans, {len(usable)} usable, {len(pairs)} pairs", flush=True)
+    print_unused(entries)
     if not pairs:
         why = ": ".join((f"{usable[0].row['study']}/{usable[0].row['scan']}".rstrip("/"), usable[0].row["reason"]))
         raise InputError(f"{cfg.studies}: {len(usable)} usable scans, no pair found, expected low and high; {why}")

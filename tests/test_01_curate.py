@@ -242,6 +242,17 @@ def test_partner_nearest_in_time_and_the_key_of_a_further_pair(tmp_path):
     assert open_curated(tmp_path).attrs("m/unknown/axial_2")["plane"] == "axial"
 
 
+def test_unused_scans_are_named_with_the_reason_while_the_others_go_on(tmp_path, capsys):
+    for name in ("good", "cut"):
+        write_study(tmp_path / "data/raw", name, subject=name)
+    path = tmp_path / "data/raw/cut/1/pdata/1/2dseq"
+    path.write_bytes(path.read_bytes()[:100])
+    assert run(tmp_path)["pairs"] == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used: ")]
+    assert [line.split(":")[1].strip() for line in lines] == ["cut/1", "cut/2"]
+    assert "pdata/1/2dseq: 100 bytes found" in lines[0]
+
+
 def test_two_animals_under_one_subject_id_are_kept_apart(tmp_path, capsys):
     for name in ("week1", "week2", "other"):
         uid = "8.1" if name != "other" else "8.2"
