@@ -47,7 +47,7 @@ from quality import MEASURES, measure, suggest
 
 contact_sheet = Lazy("contact_sheet")
 
-VERSION = 2  # raised when the import or a quality measure changes, so that every scan is done again
+VERSION = 3  # raised when the import or a quality measure changes, so that every scan is done again
 SLICES = ["key", "slice", *MEASURES, "suggestion", "reason", "decision"]
 
 
@@ -189,6 +189,16 @@ def read_decisions(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["key"], row["slice"]): row for row in rows if row["decision"]}
 
 
+def rename_decisions(path: Path, names: dict[str, str]) -> None:
+    """Let the lines of a pair that has another key now, as its animal or region was put right, go with it."""
+    if not path.exists() or all(old in ("", new) for old, new in names.items()):
+        return
+    rows = read_table(path, SLICES, optional=MEASURES)
+    taken = set(names.values())
+    kept = [row for row in rows if row["key"] in names or row["key"] not in taken]
+    write_table(path, SLICES, [row | {"key": names.get(row["key"], row["key"])} for row in kept])
+
+
 def run(cfg: Config) -> dict[str, Any]:
     """Index, pair, import what changed, write the tables, declare the store complete."""
     try:
@@ -215,6 +225,9 @@ def curate(cfg: Config) -> dict[str, Any]:
     entries = index(cfg.studies, cfg.unpacked, unpack_archives(cfg), data / "cohort.csv", cfg.workers)
     usable = [entry for entry in entries if entry.found]
     pairs = name_pairs(pair_up(usable, Tolerance(cfg.tolerance_mm, cfg.tolerance_degrees)))
+    rename_decisions(
+        data / "slices.csv", {low.pair: key for key, (low, high) in pairs.items() if low.pair == high.pair}
+    )
     write_cohort(data / "cohort.csv", entries)
     print(f"{data / 'cohort.csv'}: {len(entries)} scans, {len(usable)} usable, {len(pairs)} pairs", flush=True)
     print_unused(entries)
@@ -249,6 +262,8 @@ def curate(cfg: Config) -> dict[str, Any]:
             row = {name: short(quality[name][i]) for name in MEASURES} | {"key": key, "slice": i, "decision": decision}
             rows.append(row | {name: quality[name][i] for name in ("suggestion", "reason")})
     dropped = sum((row["decision"] or row["suggestion"]) == "drop" for row in rows)
+    if read_decisions(data / "slices.csv") != decided:  # somebody decided meanwhile
+        return curate(cfg)
     lost = [row for (key, _), row in decided.items() if key not in good]  # no decision is ever forgotten
     write_table(data / "slices.csv", SLICES, rows + lost)
     marks = [((key, *tasks[key].names, tasks[key].decisions), done[key]["fingerprint"]) for key in good]

@@ -83,7 +83,7 @@ class Config:
     workers: int = 0
     """Processes; 0 takes every core."""
     seed: int = 1
-    """Of the bootstrap."""
+    """Of the bootstrap, and of an APDDM's noise."""
     pick_rois: bool = False
     """Draw ROI and background boxes into data/rois.csv in a window, on scans of these splits; nothing is judged."""
     web: bool = False
@@ -181,7 +181,7 @@ def load_networks(cfg: Config) -> dict[str, Network]:
             net.check(**sampling)
             factor = (net.interval or {}).get("factor", np.nan) if sampling == net.sampling else np.nan
             net.net.to(networks.pick_device())
-            nets[model] = Network(net, sampling, factor, f"{sha256(path)} {sampling}")
+            nets[model] = Network(net, sampling, factor, f"{sha256(path)} {sampling} seed {cfg.seed}")
         else:
             net, _ = networks.load_unet(path)
             nets[model] = Network(net.to(networks.pick_device()), {}, np.nan, f"{sha256(path)} flips {cfg.flips}")

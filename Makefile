@@ -8,7 +8,8 @@ PY := $(VENV)/bin/python
 D := $(ROOT)/data
 # A cohort without a truth is one of own studies: nothing is simulated beside it.
 TRUTH := $(D)/truth.zarr/zarr.json
-SIMULATED := $(if $(wildcard $(D)/cohort.csv),$(wildcard $(TRUTH)),$(TRUTH))
+OWN := $(filter-out $(D)/raw/mouse% $(D)/raw/lego,$(wildcard $(D)/raw/*))
+SIMULATED := $(if $(OWN)$(wildcard $(D)/cohort.csv),$(wildcard $(TRUTH)),$(TRUTH))
 
 .PHONY: setup setup-dev demo report tune apddm test lint bench clean
 .DELETE_ON_ERROR:
@@ -32,14 +33,14 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 $(TRUTH): 00_simulate.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
 	$(PY) 00_simulate.py --preset $(PRESET) --root $(ROOT)
 
-$(D)/curated.zarr/zarr.json: 01_curate.py cohort.py quality.py formats.py paravision.py common.py $(SIMULATED) $(wildcard $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
+$(D)/curated.zarr/zarr.json: 01_curate.py cohort.py quality.py formats.py paravision.py common.py $(SIMULATED) $(wildcard $(D)/raw $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run
 	$(PY) 01_curate.py --preset $(PRESET) --root $(ROOT)
 
 $(D)/pairs.zarr/zarr.json: 02_preprocess.py common.py $(D)/curated.zarr/zarr.json | $(VENV)/.run
 	$(PY) 02_preprocess.py --preset $(PRESET) --root $(ROOT)
 
-$(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py likeness.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
-	$(PY) 03_train_unet.py --preset $(PRESET) --root $(ROOT)
+$(ROOT)/runs/unet/summary.json: 03_train_unet.py networks.py parallel.py likeness.py common.py $(D)/pairs.zarr/zarr.json | $(VENV)/.run
+	$(PY) 03_train_unet.py --preset $(PRESET) --root $(ROOT) $(FRESH)
 
 $(ROOT)/results/summary.json: 06_evaluate.py merit.py networks.py anchored.py rois.py common.py $(ROOT)/runs/unet/summary.json $(wildcard $(D)/rois.csv) | $(VENV)/.run
 	$(PY) 06_evaluate.py --preset $(PRESET) --root $(ROOT)
@@ -79,6 +80,8 @@ test: setup-dev
 bench: $(ROOT)/runs/unet/summary.json
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/viewer.py
+	$(PY) benchmarks/scale.py
+	$(PY) benchmarks/slice_quality.py --root $(ROOT)
 	$(PY) benchmarks/kill_resume.py
 	$(PY) benchmarks/fuzz.py
 	$(PY) benchmarks/alignment.py --root $(ROOT)

@@ -123,7 +123,9 @@ def index(raw: Path, unpacked: Path, refused: dict[str, str], cohort: Path, work
     places: dict[Place, Path] = {(study, ""): raw / study for study in by_hand}
     for top in [raw] * (raw.is_dir() or not by_hand) + [unpacked] * unpacked.is_dir():
         places |= {(str(scan.parent.relative_to(top)), scan.name): scan for scan in scan_folders(top)}
+    lost = tuple(f"{archive}/" for archive in refused)  # scans of an archive that cannot be read any more
     gone = [place for place in table if not (place in places and os.path.exists(places[place]))]
+    gone = [place for place in gone if not f"{place[0]}/".startswith(lost)]
     if gone := [place for place in gone if place[1] or place[0] in by_hand]:  # the others are archives, now or before
         what = "no scan" if gone[0][1] else "no file or folder"
         raise InputError(f"{cohort}: {raw.joinpath(*gone[0])} is {what}, expected one or no such line")

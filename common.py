@@ -113,7 +113,8 @@ def main(run: Callable[[ConfigT], dict[str, Any]], presets: dict[str, ConfigT]) 
         config = parse_config(presets)
         place = getattr(config, "root", place)
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
-        print(" | ".join(f"{name} {value}" for name, value in fields.items()), flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
+            print(" | ".join(f"{name} {value}" for name, value in fields.items()), flush=True)
         run(config)
     except InputError as error:
         sys.exit(_complain(str(error)))

@@ -115,7 +115,7 @@ def check_input(path: Path) -> None:
     """Raise InputError if a path cannot be what `find_scans` takes."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder, expected a scan")
-    if path.is_file() and path.name != "2dseq" and not path.name.endswith((".nii", ".nii.gz")):
+    if path.is_file() and path.name != "2dseq" and not path.name.lower().endswith((".nii", ".nii.gz")):
         raise InputError(f"{path}: unknown kind of file, expected 2dseq, .nii, .nii.gz or a folder of DICOM files")
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from common import InputError
 from networks import pick_device
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class Group:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1 and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if self.size > 1 and device.startswith("cuda:") and device != f"cuda:{os.environ['LOCAL_RANK']}":
+            raise InputError(f"device: found {device!r} for {self.size} processes, expected cuda: a GPU for each")
         self.device = pick_device(device)
         if self.size > 1:
             if self.device.type == "cuda":
@@ -53,7 +56,7 @@ class Group:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """This process' share of `count` items: whole and in order; that of a late process may be empty."""
+        """This process' share of `count` items: whole and in order; of few items it may be empty."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def wrap(self, net: nn.Module) -> nn.Module:

@@ -161,11 +161,12 @@ def measure(low: Array, high: Array, phase_low: str, phase_high: str) -> dict[st
     return {name: [float(f"{value:.6g}") for value in result[name]] for name in MEASURES}
 
 
-def outliers(values: Array, good: Array, usual: float, most: float) -> Array:
+def outliers(values: Array, good: Array, usual: float, most: float, both: bool = False) -> Array:
     """How far each slice (slice,) is above its neighbours among the good ones, in the scan's own robust spread.
 
     Neighbours, because signal and motion change along the animal; `usual` is a spread that means nothing, `most` the
-    largest that a scan may claim, were half of it spoiled. What is far off is no neighbour to judge the others by.
+    largest that a scan may claim, were many of its slices spoiled. What is far above, or with `both` far below, is no
+    neighbour to judge the others by.
     """
     found, left = np.zeros(len(values)), np.ones(len(values), bool)
     while left.any():
@@ -175,8 +176,9 @@ def outliers(values: Array, good: Array, usual: float, most: float) -> Array:
             above[i] = value - np.median(values[near]) if near else 0
         spread = 1.4826 * np.median(np.abs(above[good & left])) if (good & left).any() else 0
         found[left] = above[left] / min(max(spread, usual), most)
-        worst = int(np.argmax(np.where(good & left, np.abs(found), -1)))
-        if not (good & left)[worst] or abs(found[worst]) < FAR:
+        off = np.where(good & left, np.abs(found) if both else found, 0)
+        worst = int(np.argmax(off))
+        if off[worst] < FAR:
             break
         left[worst] = False
     return found
@@ -189,15 +191,15 @@ def scores(numbers: dict[str, list[float]]) -> dict[str, Array]:
     good = m["body_fraction"] >= min(0.02, m["body_fraction"].max())  # the others tell nothing of the scan
     balance = np.log(m["snr_low"] / m["snr_high"])
     coarse = np.log(1 - m["correlation"] ** 2 + 0.003)
-    rules: dict[str, tuple[Array, float, float]] = {
+    rules: dict[str, tuple[Any, ...]] = {
         "the scans disagree": (np.log(m["mismatch"] + 0.1), 0.15, 0.3),
         "the scans disagree in coarse structure": (coarse, 0.2, 0.4),
         "spike in low": (np.log(m["spike_low"] + 1e-3), 0.1, math.inf),
         "spike in high": (np.log(m["spike_high"] + 1e-3), 0.1, math.inf),
         "ghosts or noise in low": (np.log(m["ghost_low"] + 1e-3), 0.06, math.inf),
         "ghosts or noise in high": (np.log(m["ghost_high"] + 1e-3), 0.06, math.inf),
-        "signal lost in low": (-balance, 0.2, 0.4),
-        "signal lost in high": (balance, 0.2, 0.4),
+        "signal lost in low": (-balance, 0.2, 0.4, True),
+        "signal lost in high": (balance, 0.2, 0.4, True),
     }
     shown = np.clip((size - math.log(0.01)) / math.log(2), 0, 1)  # a slice of mere noise is neither moved nor spiked
     found = {reason: shown * outliers(rule[0], good, *rule[1:]) for reason, rule in rules.items()}

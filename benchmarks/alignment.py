@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lazy_loader as lazy
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +29,7 @@ from common import (
     SPLITS,
     Array,
     InputError,
+    Lazy,
     body_mask,
     crop_box,
     fingerprint,
@@ -41,7 +41,7 @@ from common import (
     write_json,
 )
 
-networks = lazy.load("networks")
+networks = Lazy("networks")
 FIGURES = ("psnr", "mse", "bias")
 
 

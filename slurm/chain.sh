@@ -8,7 +8,8 @@ stages="${1:?which stages, for example \"01 02 03 06\"}"
 shift
 previous=()
 for stage in $stages; do
-    job=$(${SBATCH:-sbatch} --parsable "${previous[@]}" slurm/"$stage"_*.sbatch "$@")
+    job=$(${SBATCH:-sbatch} --parsable ${previous[@]+"${previous[@]}"} slurm/"$stage"_*.sbatch "$@")
+    job="${job%%;*}" # of several clusters, without the name of its own
     echo "$stage: job $job"
     previous=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
 done

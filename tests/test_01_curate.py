@@ -242,6 +242,52 @@ def test_partner_nearest_in_time_and_the_key_of_a_further_pair(tmp_path):
     assert open_curated(tmp_path).attrs("m/unknown/axial_2")["plane"] == "axial"
 
 
+def test_decisions_go_with_the_scans_when_animals_are_put_right(root):
+    """Two animals exchanged at the scanner: the slices that were dropped stay dropped, under the other name."""
+    run(root)
+    first, second = "mouse01/HT/axial", "mouse02/unknown/coronal"
+    edit(root, "slices", mouse01__HT__axial__1={"decision": "drop"}, mouse02__unknown__coronal__2={"decision": "drop"})
+    run(root)
+    names = {"mouse01__1": "mouse02", "mouse01__2": "mouse02", "mouse02__1": "mouse01", "mouse02__2": "mouse01"}
+    more = {"region": "HT", "plane": "axial"}  # so that each takes the other's key
+    edit(root, **{line: {"subject": name} | (more if name == "mouse01" else {}) for line, name in names.items()})
+    edit(root, **{line: {"region": "unknown", "plane": "coronal"} for line in ("mouse01__1", "mouse01__2")})
+    run(root)
+    rows = cohort(root)
+    assert (rows["mouse01/1"]["pair"], rows["mouse02/1"]["pair"]) == (second, first)
+    for _ in range(2):
+        store = open_curated(root)
+        assert [store.read(key, "keep").tolist().index(False) for key in (second, first)] == [1, 2]
+        assert store.attrs(second)["source_low"].startswith("mouse01/")
+        run(root)
+
+
+def test_what_is_decided_while_the_stage_runs_counts(root, monkeypatch):
+    run(root)
+    original = curate.run_parallel
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(curate, "run_parallel", original)
+        edit(root, "slices", mouse01__HT__axial__1={"decision": "drop"})
+        yield from original(*args, **kwargs)
+
+    monkeypatch.setattr(curate, "run_parallel", meanwhile)
+    run(root)
+    decided = [row["slice"] for row in table(root / "data/slices.csv") if row["decision"] == "drop"]
+    assert decided == ["1"]
+    assert open_curated(root).read("mouse01/HT/axial", "keep").tolist()[1] is False
+
+
+def test_an_archive_that_broke_is_one_reason(root):
+    study = root / "data/raw/mouse02"
+    pack(root / "data/raw/mouse02.zip", study, "mouse02/")
+    shutil.rmtree(study)
+    assert run(root)["pairs"] == 2
+    (root / "data/raw/mouse02.zip").write_bytes(b"no archive")
+    assert run(root)["pairs"] == 1
+    assert [row["reason"] for row in table(root / "data/cohort.csv") if row["study"] == "mouse02.zip"]
+
+
 def test_unused_scans_are_named_with_the_reason_while_the_others_go_on(tmp_path, capsys):
     for name in ("good", "cut"):
         write_study(tmp_path / "data/raw", name, subject=name)

@@ -343,7 +343,14 @@ def words(root, run, **options):
 
 def test_two_processes_train_as_one_does(at):
     """Gradients over the whole batch, also where one process has more slices of it than the other, or all of it."""
-    options = {"epochs": 3, "min_epochs": 3, "batch": 5, "threads": 1, "patch": 32}  # steps of 5 and of 1 slice
+    options = {
+        "epochs": 3,
+        "min_epochs": 3,
+        "batch": 5,
+        "threads": 1,
+        "patch": 32,
+        "loss": "hybrid",
+    }  # of 5 slices and of 1
     one = at(run="one", **options)
     stage.run(one)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]

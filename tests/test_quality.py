@@ -200,3 +200,14 @@ def test_what_moved_everywhere_is_told_from_what_changed_in_one_place():
     assert quality.measure(moved, high, "y", "y")["mismatch"][5] > 0.1 + usual[5]
     low[5, 22:26, 22:26] = 2 * low[5, 22:26, 22:26]  # another loop of the bowel
     assert quality.measure(low, high, "y", "y")["mismatch"][5] < 0.03 + usual[5]
+
+
+def test_spoiled_neighbours_do_not_vouch_for_each_other():
+    found = 0
+    for seed in range(20):
+        values = np.random.default_rng(seed).normal(0, 0.1, 30)
+        values[10:14] += 1.5
+        scores = quality.outliers(values, np.ones(30, bool), 0.15, 0.3)
+        assert (np.delete(scores, range(10, 14)) < 2.5).all()
+        found += int((scores[10:14] > 2.5).sum())
+    assert found >= 0.9 * 80
