@@ -25,7 +25,19 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
-from cohort import Entry, Tolerance, index, name_pairs, pair_up, short, write_cohort
+from cohort import (
+    SLICES,
+    Entry,
+    Tolerance,
+    index,
+    is_kept,
+    name_pairs,
+    pair_up,
+    read_slices,
+    rename_slices,
+    short,
+    write_cohort,
+)
 from common import (
     Array,
     InputError,
@@ -34,7 +46,6 @@ from common import (
     fingerprint,
     finish_store,
     main,
-    read_table,
     run_parallel,
     scan_attributes,
     sha256,
@@ -48,7 +59,6 @@ from quality import MEASURES, measure, suggest
 contact_sheet = Lazy("contact_sheet")
 
 VERSION = 3  # raised when the import or a quality measure changes, so that every scan is done again
-SLICES = ["key", "slice", *MEASURES, "suggestion", "reason", "decision"]
 
 
 @dataclass(frozen=True)
@@ -182,21 +192,7 @@ def import_pair(task: Task, cfg: Config) -> tuple[dict[str, Any], str]:
 
 def read_decisions(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Lines of the slice table where a person decided, by key and slice."""
-    rows = read_table(path, SLICES, optional=MEASURES) if path.exists() else []  # of an earlier version, too
-    for line, row in enumerate(rows, start=2):
-        if row["decision"] not in ("keep", "drop", ""):
-            raise InputError(f"{path}: line {line}: decision {row['decision']!r} found, expected keep, drop or nothing")
-    return {(row["key"], row["slice"]): row for row in rows if row["decision"]}
-
-
-def rename_decisions(path: Path, names: dict[str, str]) -> None:
-    """Let the lines of a pair that has another key now, as its animal or region was put right, go with it."""
-    if not path.exists() or all(old in ("", new) for old, new in names.items()):
-        return
-    rows = read_table(path, SLICES, optional=MEASURES)
-    taken = set(names.values())
-    kept = [row for row in rows if row["key"] in names or row["key"] not in taken]
-    write_table(path, SLICES, [row | {"key": names.get(row["key"], row["key"])} for row in kept])
+    return {(row["key"], row["slice"]): row for row in read_slices(path) if row["decision"]}
 
 
 def run(cfg: Config) -> dict[str, Any]:
@@ -225,9 +221,7 @@ def curate(cfg: Config) -> dict[str, Any]:
     entries = index(cfg.studies, cfg.unpacked, unpack_archives(cfg), data / "cohort.csv", cfg.workers)
     usable = [entry for entry in entries if entry.found]
     pairs = name_pairs(pair_up(usable, Tolerance(cfg.tolerance_mm, cfg.tolerance_degrees)))
-    rename_decisions(
-        data / "slices.csv", {low.pair: key for key, (low, high) in pairs.items() if low.pair == high.pair}
-    )
+    rename_slices(data / "slices.csv", {low.pair: key for key, (low, high) in pairs.items() if low.pair == high.pair})
     write_cohort(data / "cohort.csv", entries)
     print(f"{data / 'cohort.csv'}: {len(entries)} scans, {len(usable)} usable, {len(pairs)} pairs", flush=True)
     print_unused(entries)
@@ -261,7 +255,7 @@ def curate(cfg: Config) -> dict[str, Any]:
         for i, decision in enumerate(tasks[key].decisions):
             row = {name: short(quality[name][i]) for name in MEASURES} | {"key": key, "slice": i, "decision": decision}
             rows.append(row | {name: quality[name][i] for name in ("suggestion", "reason")})
-    dropped = sum((row["decision"] or row["suggestion"]) == "drop" for row in rows)
+    dropped = sum(not is_kept(row) for row in rows)
     if read_decisions(data / "slices.csv") != decided:  # somebody decided meanwhile
         return curate(cfg)
     lost = [row for (key, _), row in decided.items() if key not in good]  # no decision is ever forgotten

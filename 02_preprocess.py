@@ -33,6 +33,7 @@ from common import (
     crop_box,
     fingerprint,
     finish_store,
+    grid_relation,
     main,
     normalisation,
     open_curated,
@@ -80,22 +81,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------- geometry
-
-
-def grid_relation(affine_low: Array, affine_high: Array, low_shape: Any, high_shape: Any) -> tuple[Array, Array]:
-    """Ratio (y, x) of the matrices and place (y, x) of high voxel (0, 0, 0) in pixels of the low image."""
-    relation = np.linalg.inv(affine_low) @ affine_high
-    ratio = np.array(high_shape[1:]) // np.array(low_shape[1:])
-    if tuple(high_shape) != (low_shape[0], *(ratio * low_shape[1:])) or min(ratio) < 1:
-        expected = "equal slices and an integer multiple in plane"
-        raise InputError(f"matrices low {tuple(low_shape)}, high {tuple(high_shape)} found, expected {expected}")
-    steps = np.diag([1 / ratio[1], 1 / ratio[0], 1])
-    error = np.abs(relation[:3, :3] - steps) @ high_shape[::-1]  # low voxels off at the far corner
-    if error.max() > 0.25 or abs(relation[2, 3]) > 0.1:
-        found = np.array2string(relation[:3], precision=3, suppress_small=True).replace("\n", "")
-        expected = f"a pure scaling by 1/{ratio[1]}, 1/{ratio[0]}, 1"
-        raise InputError(f"high grid in low voxels {found} found, expected {expected}")
-    return ratio, relation[[1, 0], 3]
 
 
 def measured_shift(low: Array, high: Array, ratio: Any) -> Array:

@@ -260,18 +260,6 @@ def check(cfg: Config) -> None:
         raise InputError(f"ema: found {cfg.ema}, expected 0 or more and less than 1")
 
 
-def print_epoch(cfg: Config, history: Sequence[dict[str, Any]]) -> None:
-    """One line of the last epoch."""
-    row, epoch = history[-1], len(history)
-    left = sum(past["seconds"] for past in history) / epoch * (cfg.epochs - epoch) / 60
-    print(
-        f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
-        f"ssim {row['validation_ssim']:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | "
-        f"eta {left:.0f} min",
-        flush=True,
-    )
-
-
 @contextlib.contextmanager
 def memory_errors(cfg: Config) -> Iterator[None]:
     """Turn a failed allocation into one line."""
@@ -371,7 +359,7 @@ def run(cfg: Config, report: Callable[[dict[str, Any]], None] | None = None) -> 
         if group.leads:
             networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, epoch + 1])
             write_table(cfg.folder / "history.csv", COLUMNS, history)
-            print_epoch(cfg, history)
+            networks.print_epoch(history, cfg.epochs, "ssim", "validation_ssim")
         if report:
             report(row)
 

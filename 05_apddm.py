@@ -220,18 +220,6 @@ def check(cfg: Config) -> None:
         raise InputError(f"{found} found, expected shares: 0 to 1, ema and coverage less than 1")
 
 
-def print_epoch(cfg: Config, history: list[dict[str, Any]]) -> None:
-    """One line of the last epoch."""
-    row, epoch = history[-1], len(history)
-    left = sum(past["seconds"] for past in history) / epoch * (cfg.epochs - epoch) / 60
-    print(
-        f"epoch {epoch:03d}/{cfg.epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
-        f"one step {row['validation_mse']:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | "
-        f"eta {left:.0f} min",
-        flush=True,
-    )
-
-
 # ---------------------------------------------------------------- intervals
 
 
@@ -365,7 +353,7 @@ def run(cfg: Config) -> dict[str, Any]:
         if group.leads:
             networks.save_epoch(cfg.folder, state, net, optimiser, [cfg.seed, STAGE, 3, epoch + 1])
             write_table(cfg.folder / "history.csv", COLUMNS, history)
-            print_epoch(cfg, history)
+            networks.print_epoch(history, cfg.epochs, "one step", "validation_mse")
 
     group.close()
     if not group.leads:

@@ -30,6 +30,7 @@ from common import (
     body_mask,
     fingerprint,
     finish_store,
+    grid_relation,
     main,
     normalisation,
     open_curated,
@@ -115,8 +116,10 @@ class Scan:
 def on_high_grid(low: Array, attributes: dict[str, Any], method: str, aligned: bool = True) -> Array:
     """Low images upsampled, with pixel centres as stage 02 has them or, not aligned, as a plain zoom puts them."""
     ratio = tuple(attributes["ratio"])
-    relation = np.linalg.inv(attributes["affine_low"]) @ np.asarray(attributes["affine_high"])
-    y, x = relation[[1, 0], 3] - np.divide(attributes["shift"], ratio)
+    low_affine, high_affine = (np.array(attributes[name]) for name in ("affine_low", "affine_high"))
+    slices, *high_matrix = attributes["full_shape"]  # `low` may be some of them
+    _, offset = grid_relation(low_affine, high_affine, (slices, *low.shape[1:]), (slices, *high_matrix))
+    y, x = offset - np.divide(attributes["shift"], ratio)
     return upsample(low, ratio, method, (float(y), float(x)) if aligned else None)
 
 

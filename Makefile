@@ -30,7 +30,7 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt
 	touch $@ $(VENV)/.run
 
 # The libraries a stage needs are no reason to run it again: the environment is an order-only prerequisite.
-$(TRUTH): 00_simulate.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
+$(TRUTH): 00_simulate.py scanner.py anatomy.py paravision_writer.py common.py | $(VENV)/.run
 	$(PY) 00_simulate.py --preset $(PRESET) --root $(ROOT)
 
 $(D)/curated.zarr/zarr.json: 01_curate.py cohort.py quality.py formats.py paravision.py common.py $(SIMULATED) $(wildcard $(D)/raw $(D)/cohort.csv $(D)/slices.csv) | $(VENV)/.run

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,11 +22,13 @@ import numpy as np
 from common import InputError, read_table, run_parallel, safe_name, write_table
 from formats import describe_source
 from paravision import ARCHIVES, number, scan_folders
+from quality import MEASURES
 
 COHORT = [
     *("subject", "region", "plane", "role", "study", "scan", "reco", "matrix", "averages", "tr_ms", "te_ms", "fov_mm"),
     *("slices", "thickness_mm", "protocol", "date", "use", "pair", "reason"),
 ]
+SLICES = ["key", "slice", *MEASURES, "suggestion", "reason", "decision"]
 AUTOMATIC = ".cohort.automatic.csv"  # the cohort without a person's changes: what differs from it was set by hand
 BY_HAND = ("subject", "region", "plane", "role", "use")  # columns of the cohort that a person may change
 # Region by the first form found in the names of protocol, scan, study, subject and folder.
@@ -322,3 +324,29 @@ def name_pairs(pairs: list[tuple[Entry, Entry]]) -> dict[str, tuple[Entry, Entry
         low.row["pair"] = high.row["pair"] = key = next(key for key in keys if key not in named)
         named[key] = (low, high)
     return named
+
+
+# ---------------------------------------------------------------- slices
+
+
+def read_slices(path: Path) -> list[dict[str, str]]:
+    """Lines of the slice table, those of an earlier version too; none if there is no such table yet."""
+    rows = read_table(path, SLICES, optional=MEASURES) if path.exists() else []
+    for line, row in enumerate(rows, start=2):
+        if row["decision"] not in ("keep", "drop", ""):
+            raise InputError(f"{path}: line {line}: decision {row['decision']!r} found, expected keep, drop or nothing")
+    return rows
+
+
+def is_kept(row: Mapping[str, Any]) -> bool:
+    """Whether a slice is used: a person's decision, else the suggestion."""
+    return bool((row["decision"] or row["suggestion"]) == "keep")
+
+
+def rename_slices(path: Path, names: dict[str, str]) -> None:
+    """Let the lines of a pair that has another key now, as its animal or region was put right, go with it."""
+    if all(old in ("", new) for old, new in names.items()) or not (rows := read_slices(path)):
+        return
+    taken = set(names.values())
+    left = [row for row in rows if row["key"] in names or row["key"] not in taken]
+    write_table(path, SLICES, [row | {"key": names.get(row["key"], row["key"])} for row in left])

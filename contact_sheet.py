@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from zarr.errors import BaseZarrError
 
-from common import Array, InputError, Store, body_mask, crop_box, open_curated, read_table, upsample, write_table
-from viewer import INK, Command, ReadAhead, Window, bright_pixel, open_window
+from cohort import SLICES, is_kept, read_slices
+from common import Array, InputError, Store, body_mask, crop_box, grid_relation, open_curated, upsample, write_table
+from viewer import END, GREY_SCALE, HELP, INK, TURN_SCANS, UNDO, Command, ReadAhead, Window, bright_pixel, open_window
 
 VIEWS = ("low", "high", "difference")
 GAP = 7  # around a tile, screen pixels
@@ -46,11 +47,12 @@ def load_pair(curated: Store, key: str) -> Pair:
     """Read a pair; the low image is upsampled (Fourier) onto the pixels of the high one."""
     attributes = curated.attrs(key)
     low, high = (curated.read(key, name, 3, "float32") for name in ("low", "high"))
-    ratio = [n // m for m, n in zip(low.shape[1:], high.shape[1:], strict=True)]
-    relation = np.linalg.inv(attributes["affine_low"]) @ np.asarray(attributes["affine_high"])
-    fine = upsample(low, ratio, "fourier", [float(relation[1, 3]), float(relation[0, 3])])
-    if fine.shape != high.shape:
-        raise InputError(f"{curated.path / key}: {low.shape} and {high.shape} found, expected a whole ratio")
+    low_affine, high_affine = (np.array(attributes[name]) for name in ("affine_low", "affine_high"))
+    try:
+        ratio, offset = grid_relation(low_affine, high_affine, low.shape, high.shape)
+    except InputError as error:
+        raise InputError(f"{curated.path / key}: {error}") from None
+    fine = upsample(low, ratio.tolist(), "fourier", offset.tolist())
     some = fine[:, ::3, ::3], high[:, ::3, ::3]  # every third pixel tells as much
     bright = (some[0] > np.quantile(some[0], 0.8)) & (some[0] > 0)
     gain = float(np.median(some[1][bright] / some[0][bright])) if bright.any() else 1.0
@@ -120,8 +122,6 @@ class Picture(Artist):
 class Decisions:
     """The decision column of data/slices.csv, and `keep` of data/curated.zarr, which follows it."""
 
-    NEEDED = ("key", "slice", "suggestion", "reason", "decision")
-
     def __init__(self, root: Path) -> None:
         self.curated, self.path = open_curated(root), root / "data" / "slices.csv"
         self.rows: list[dict[str, str]] = []
@@ -136,19 +136,14 @@ class Decisions:
         InputError
             If it lacks a column, a value is none of those allowed, or the slices of a scan are not 0, 1, 2, …
         """
-        try:
-            with self.path.open(encoding="utf-8-sig", errors="replace") as stream:
-                header = stream.readline().strip().split(",")
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no such file, expected the output of 01_curate.py") from None
-        if lacks := [name for name in self.NEEDED if name not in header]:
-            raise InputError(f"{self.path}: no column {', '.join(lacks)} found, expected {', '.join(self.NEEDED)}")
-        rows = read_table(self.path, [name.strip('"') for name in header])
+        if not self.path.exists():
+            raise InputError(f"{self.path}: no such file, expected the output of 01_curate.py")
+        rows = read_slices(self.path)
         scans: dict[str, list[dict[str, str]]] = {key: [] for key in self.curated.scans}
         for line, row in enumerate(rows, start=2):
-            for name, allowed in (("suggestion", ("keep", "drop")), ("decision", ("keep", "drop", ""))):
-                if row[name] not in allowed and (name == "decision" or row["key"] in scans):
-                    raise InputError(f"{self.path}: line {line}: {name} {row[name]!r} found, expected keep or drop")
+            if row["suggestion"] not in ("keep", "drop") and row["key"] in scans:
+                odd = f"suggestion {row['suggestion']!r} found"
+                raise InputError(f"{self.path}: line {line}: {odd}, expected keep or drop")
             scans.get(row["key"], []).append(row)
         for key, found in scans.items():
             found.sort(key=lambda row: (len(row["slice"]), row["slice"]))
@@ -170,8 +165,8 @@ class Decisions:
         before = {i: rows[i]["decision"] for i in decisions}
         for i, decision in decisions.items():
             rows[i]["decision"] = decision
-        write_table(self.path, list(self.rows[0]), self.rows)
-        keep = np.array([(row["decision"] or row["suggestion"]) == "keep" for row in rows])
+        write_table(self.path, SLICES, self.rows)
+        keep = np.array([is_kept(row) for row in rows])
         place = self.curated.path / key / "keep"
         try:
             with zarr.config.set({"array.write_empty_chunks": True}):  # all dropped is data too
@@ -194,8 +189,7 @@ class Review(Window):
         "space  keep or drop   a  as suggested   shift+k / shift+d  whole scan   h  hide this line"
     )
     COMMANDS = (
-        Command(("p", "pageup"), "previous", lambda w: w.turn_scan(-1)),
-        Command(("n", "pagedown"), "next", lambda w: w.turn_scan(1)),
+        *TURN_SCANS,
         Command(("1",), "low", lambda w: w.show("low"), lambda w: w.shows("low")),
         Command(("2",), "high", lambda w: w.show("high"), lambda w: w.shows("high")),
         Command(("3",), "difference", lambda w: w.show("difference"), lambda w: w.shows("difference")),
@@ -203,10 +197,10 @@ class Review(Window):
         Command(("b",), "body", lambda w: w.turn("cropped"), lambda w: w.state["cropped"]),
         Command(("k",), "keep", lambda w: w.decide({w.slice: "keep"})),
         Command(("d",), "drop", lambda w: w.decide({w.slice: "drop"})),
-        Command(("u", "ctrl+z"), "undo", lambda w: w.undo()),
+        UNDO,
         Command(("f",), "only with drops", lambda w: w.filter(), lambda w: w.state["filtered"]),
-        Command(("r",), "grey scale", lambda w: w.reset()),
-        Command(("q",), "end", lambda w: w.end()),
+        GREY_SCALE,
+        END,
         Command((" ", "space", "x"), "", lambda w: w.toggle()),
         Command(("a",), "", lambda w: w.decide({w.slice: ""})),
         Command(("K", "shift+k"), "", lambda w: w.decide(dict.fromkeys(range(len(w.pair.low)), "keep"))),
@@ -216,7 +210,7 @@ class Review(Window):
         Command(("up",), "", lambda w: w.move(-1 if w.state["enlarged"] else -w.sheet.columns)),
         Command(("down",), "", lambda w: w.move(1 if w.state["enlarged"] else w.sheet.columns)),
         Command(("tab",), "", lambda w: w.turn_view(1)),
-        Command(("h", "?"), "", lambda w: w.toggle_help()),
+        HELP,
     )
 
     def __init__(self, root: Path = Path("."), figure: Figure | None = None) -> None:

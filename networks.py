@@ -567,6 +567,17 @@ def save_epoch(
     save_checkpoint(folder / "last.pt", state | more)
 
 
+def print_epoch(history: Sequence[dict[str, Any]], epochs: int, name: str, column: str) -> None:
+    """One line of the last of `epochs` epochs, with what a stage looks at besides its losses."""
+    row, epoch = history[-1], len(history)
+    left = sum(past["seconds"] for past in history) / epoch * (epochs - epoch) / 60
+    print(
+        f"epoch {epoch:03d}/{epochs} | train {row['train']:.4f} | val {row['validation']:.4f} | "
+        f"{name} {row[column]:.4f} | lr {row['lr']:.1e} | {row['images_per_second']:.0f} img/s | eta {left:.0f} min",
+        flush=True,
+    )
+
+
 def previous_run(folder: Path, state: dict[str, Any], free: Sequence[str]) -> dict[str, Any] | None:
     """The last checkpoint in a run's folder, for a run of the same settings and data; None if there is none.
 

@@ -120,11 +120,12 @@ def local_mismatch(low: Array, coarse: Array, body: Array, sigma: tuple[float, f
     gain = (common / np.maximum(power, 1e-9 * np.square(other).sum() + 1e-30))[:, None, None]
     rest, shown = (ndimage.gaussian_filter(np.square(image), (0, 3, 3)) for image in (one - gain * other, other))
     rest, shown = rest - noise[0] - gain**2 * noise[1], gain**2 * (shown - noise[1])
-    found = np.ones(len(low))
+    found = np.full(len(low), np.nan)
     for i, where in enumerate(body & (shown > 0.7 * noise[0])):
-        found[i] = np.median(rest[i][where] / (shown[i][where] + noise[0])) if where.sum() > 60 else np.nan
-    usual = np.nanmedian(found) if np.isfinite(found).any() else 0.0  # too little to tell
-    return np.maximum(np.where(np.isfinite(found), found, usual), 0)
+        if where.sum() > 60:
+            found[i] = np.median(rest[i][where] / (shown[i][where] + noise[0]))
+    usual = np.nanmedian(found) if np.isfinite(found).any() else 0.0  # of slices that show too little to tell
+    return np.asarray(np.maximum(np.nan_to_num(found, nan=usual), 0))
 
 
 def measure(low: Array, high: Array, phase_low: str, phase_high: str) -> dict[str, list[float]]:

@@ -18,7 +18,20 @@ from matplotlib.widgets import RectangleSelector
 
 from common import Array, InputError, Store, open_curated, open_pairs, upsample
 from rois import Box, contrast_figures, incomplete, pixels, read_boxes, rois_path, write_boxes
-from viewer import INK, LINE, Command, ReadAhead, Window, bright_pixel, open_window
+from viewer import (
+    END,
+    GREY_SCALE,
+    HELP,
+    INK,
+    LINE,
+    TURN_SCANS,
+    UNDO,
+    Command,
+    ReadAhead,
+    Window,
+    bright_pixel,
+    open_window,
+)
 
 
 class RoiPicker(Window):
@@ -30,8 +43,7 @@ class RoiPicker(Window):
         "right drag  up brighter, right softer   wheel, up, down  slice   h  hide this line"
     )
     COMMANDS = (
-        Command(("p", "pageup"), "previous", lambda w: w.turn_scan(-1)),
-        Command(("n", "pagedown"), "next", lambda w: w.turn_scan(1)),
+        *TURN_SCANS,
         Command(("up", "left"), "slice -", lambda w: w.turn_slice(-1)),
         Command(("down", "right"), "slice +", lambda w: w.turn_slice(1)),
         Command(("o",), "draw ROI", lambda w: w.next_kind("roi"), lambda w: w.state["kind"] == "roi"),
@@ -40,11 +52,11 @@ class RoiPicker(Window):
         ),
         Command(("t",), "name", lambda w: w.rename()),
         Command(("x", "delete", "backspace"), "delete", lambda w: w.delete()),
-        Command(("u", "ctrl+z"), "undo", lambda w: w.undo()),
+        UNDO,
         Command(("m",), "model", lambda w: w.turn_model()),
-        Command(("r",), "grey scale", lambda w: w.reset()),
-        Command(("q",), "end", lambda w: w.end()),
-        Command(("h", "?"), "", lambda w: w.toggle_help()),
+        GREY_SCALE,
+        END,
+        HELP,
     )
 
     def __init__(

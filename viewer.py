@@ -119,6 +119,16 @@ class Command(NamedTuple):
     holds: Callable[[Any], bool] = lambda _window: False  # whether its button shows that it is on
 
 
+TURN_SCANS = (
+    Command(("p", "pageup"), "previous", lambda w: w.turn_scan(-1)),
+    Command(("n", "pagedown"), "next", lambda w: w.turn_scan(1)),
+)
+UNDO = Command(("u", "ctrl+z"), "undo", lambda w: w.undo())
+GREY_SCALE = Command(("r",), "grey scale", lambda w: w.reset())
+END = Command(("q",), "end", lambda w: w.end())
+HELP = Command(("h", "?"), "", lambda w: w.toggle_help())
+
+
 def no_toolbar() -> Figure:
     """An empty figure of pyplot without matplotlib's toolbar."""
     with plt.rc_context({"toolbar": "None"}):

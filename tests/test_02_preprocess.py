@@ -15,6 +15,7 @@ from common import (
     body_mask,
     crop_box,
     finish_store,
+    grid_relation,
     normalisation,
     open_pairs,
     scan_attributes,
@@ -282,12 +283,12 @@ def test_drift_of_noisy_scans(drift, ratio):
 
 def test_relation_of_the_grids():
     low, high = affine((0.2, 0.3, 0.6), (1, 2, 3)), affine((0.1, 0.1, 0.6), (1.04, 1.97, 3))
-    ratio, offset = stage.grid_relation(low, high, (4, 10, 20), (4, 30, 40))
+    ratio, offset = grid_relation(low, high, (4, 10, 20), (4, 30, 40))
     np.testing.assert_array_equal(ratio, (3, 2))
     np.testing.assert_allclose(offset, (-0.1, 0.2))
     turn = affine((1, 1, 1))
     turn[:2, :2] = [[0, -1], [1, 0]]  # oblique scanners' frames change nothing
-    np.testing.assert_allclose(stage.grid_relation(turn @ low, turn @ high, (4, 10, 20), (4, 30, 40))[1], offset)
+    np.testing.assert_allclose(grid_relation(turn @ low, turn @ high, (4, 10, 20), (4, 30, 40))[1], offset)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_relation_of_the_grids():
 )
 def test_grids_that_do_not_fit(high, shape, text):
     with pytest.raises(InputError, match=text):
-        stage.grid_relation(affine((0.2, 0.2, 0.6)), high, (4, 10, 20), shape)
+        grid_relation(affine((0.2, 0.2, 0.6)), high, (4, 10, 20), shape)
 
 
 # ---------------------------------------------------------------- splits

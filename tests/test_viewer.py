@@ -438,7 +438,7 @@ def spoil(root: Path, fault: str) -> None:
 
 FAULTS = {
     "gone": "no such file, expected the output of 01_curate.py",
-    "column": "no column reason found",
+    "column": "unknown or missing column reason",
     "decision": "line 6: decision 'perhaps' found, expected keep",
     "suggestion": "line 6: suggestion '' found",
     "missing": r"mouse1/unknown/axial: 0, 1, 2, 4 found, expected one line for each slice",
