@@ -183,8 +183,9 @@ def import_pair(task: Task, cfg: Config) -> tuple[dict[str, Any], str]:
         attributes |= {"subject": subject, "region": region, "plane": plane, "fingerprint": mark}
         for role, name, found in zip(("low", "high"), task.names, files, strict=True):
             attributes |= {f"source_{role}": name, f"sha256_{role}": next(iter(found.values()))}
-    pairs = zip(attributes["quality"]["suggestion"], task.decisions, strict=True)
-    keep = np.array([(decision or suggestion) == "keep" for suggestion, decision in pairs])
+    suggestions = attributes["quality"]["suggestion"]
+    rows = [{"suggestion": s, "decision": d} for s, d in zip(suggestions, task.decisions, strict=True)]
+    keep = np.array([is_kept(row) for row in rows])
     if not np.array_equal(arrays.get("keep", []), keep):
         write_scan(store, task.key, arrays | {"keep": keep}, attributes)
     return attributes, ""

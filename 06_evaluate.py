@@ -179,10 +179,8 @@ def load_networks(cfg: Config) -> dict[str, Network]:
             raise InputError(f"{path}: trained on {', '.join(sorted(leaked))}, expected no animal of split test")
         if checkpoint["stage"] == "apddm":
             net = anchored.APDDM(checkpoint)
-            asked = {name: getattr(cfg, name) for name in ("steps", "samples") if getattr(cfg, name)}
-            sampling = net.sampling | asked
-            net.check(**sampling)
-            factor = (net.interval or {}).get("factor", np.nan) if sampling == net.sampling else np.nan
+            sampling, found = net.asked(cfg.steps, cfg.samples)
+            factor = found["factor"] if found else np.nan
             net.net.to(networks.pick_device())
             nets[model] = Network(net, sampling, factor, f"{sha256(path)} {sampling} seed {cfg.seed}")
         else:

@@ -214,11 +214,8 @@ def load_model(cfg: Config) -> Model:
     net: Any
     if stage == "apddm":
         net = anchored.APDDM(content)
-        trained = {name: content["config"][name] for name in ("steps", "samples", "eta", "noisy_start")}
-        sampling = trained | {name: getattr(cfg, name) for name in ("steps", "samples") if getattr(cfg, name)}
-        net.check(**sampling)
-        asked_as_trained = sampling == trained and cfg.strength == 1 and cfg.consistency == 0
-        interval = content.get("interval") if asked_as_trained else None
+        sampling, calibrated = net.asked(cfg.steps, cfg.samples)
+        interval = calibrated if cfg.strength == 1 and cfg.consistency == 0 else None
         net.net.to(networks.pick_device(cfg.device))
     else:
         net = networks.load_unet(path)[0].to(networks.pick_device(cfg.device))

@@ -296,6 +296,12 @@ class APDDM:
             return output
         return state + self.path.weights[steps - 1].to(state)[:, None, None, None] * (output - state)
 
+    def asked(self, steps: int, samples: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Sampling with these steps and samples, 0 as trained, and the interval if it is calibrated for that."""
+        sampling = self.sampling | {name: n for name, n in (("steps", steps), ("samples", samples)) if n}
+        self.check(**sampling)
+        return sampling, self.interval if sampling == self.sampling else None
+
     def check(self, steps: int, samples: int, eta: float, noisy_start: bool) -> None:
         """Refuse what the network was not trained for."""
         if not 1 <= steps <= (1 if self.timesteps == "last" else self.path.length):

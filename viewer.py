@@ -30,11 +30,7 @@ from matplotlib.backends.registry import BackendFilter, backend_registry
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common import (
-    Array,
-    InputError,
-    write_json,
-)
+from common import Array, InputError, write_json
 
 INK = {
     "paper": "#111111",
